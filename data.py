@@ -37,6 +37,12 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 
+
+
+class LensError(Exception):
+    """What a user can mend: the message names the file or flag and the way out, and is printed without a traceback."""
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The prompt (Fig. 4) and the answer it asks for
 
@@ -107,7 +113,7 @@ def read_refs(path):
     try:
         return PlainUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
     except Exception as error:                                    # a broken pickle can raise nearly anything
-        raise ValueError(f"{path}: not a readable refs file ({error}). Download it again.") from None
+        raise LensError(f"{path}: not a readable refs file ({error}). Download it again.") from None
 
 
 SPLIT_BY = {"refcocog": "umd"}          # the others use unc; refcocog's google split shares pictures with its val
@@ -117,14 +123,14 @@ def read_refcoco(root, dataset, split):
     """All referred objects of one split, one record per object, nothing decoded yet.
 
     A record is {"id", "image" (path), "texts" (its expressions), "size" (height, width), "box" (picture frame),
-    "segmentation" (COCO polygons or RLE)}. Raises FileNotFoundError or ValueError naming the file at fault.
+    "segmentation" (COCO polygons or RLE)}. Raises LensError naming the file at fault.
     """
     folder = Path(root) / "refer_seg" / dataset
     pictures = Path(root) / "refer_seg/images/mscoco/images/train2014"
     refs_file, instances_file = folder / f"refs({SPLIT_BY.get(dataset, 'unc')}).p", folder / "instances.json"
     for path in (refs_file, instances_file, pictures):
         if not path.exists():
-            raise FileNotFoundError(
+            raise LensError(
                 f"{path} is missing. Download {dataset}'s annotations (REFER: refcoco.zip, refcoco+.zip, refcocog.zip) and "
                 f"COCO's train2014 pictures, and lay them out as data.py's first lines show below --data {root}; "
                 f"or try the method without any download: --preset tiny.")
@@ -133,7 +139,7 @@ def read_refcoco(root, dataset, split):
         images = {image["id"]: image for image in instances["images"]}
         annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{instances_file}: not a readable COCO annotation file ({error!r}). Download it again.") from None
+        raise LensError(f"{instances_file}: not a readable COCO annotation file ({error!r}). Download it again.") from None
     present = set(os.listdir(pictures))
     records = []
     for ref in read_refs(refs_file):
@@ -142,18 +148,18 @@ def read_refcoco(root, dataset, split):
         where = f"{refs_file}, ref_id {ref['ref_id']}"
         image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
         if image is None or annotation is None:
-            raise ValueError(f"{where}: image_id {ref['image_id']} or ann_id {ref['ann_id']} is not in {instances_file}")
+            raise LensError(f"{where}: image_id {ref['image_id']} or ann_id {ref['ann_id']} is not in {instances_file}")
         name = f"COCO_train2014_{ref['image_id']:012d}.jpg"      # ref["file_name"] names the crop, not the picture
         if name not in present:
-            raise FileNotFoundError(f"{where}: its picture {pictures / name} is missing. Download COCO's train2014 pictures.")
+            raise LensError(f"{where}: its picture {pictures / name} is missing. Download COCO's train2014 pictures.")
         height, width, (x, y, w, h) = image["height"], image["width"], annotation["bbox"]
         if not annotation["segmentation"] or w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            raise ValueError(f"{where}: ann_id {annotation['id']} has an empty segmentation or a box outside the picture")
+            raise LensError(f"{where}: ann_id {annotation['id']} has an empty segmentation or a box outside the picture")
         records.append({"id": f"{dataset}/{ref['ref_id']}", "image": str(pictures / name), "size": (height, width),
                         "texts": [s["sent"] for s in ref["sentences"]], "box": (x, y, x + w, y + h),
                         "segmentation": annotation["segmentation"]})
     if not records:
-        raise ValueError(f"{refs_file}: no object of split '{split}'. RefCOCO and RefCOCO+ have train, val, testA, testB; "
+        raise LensError(f"{refs_file}: no object of split '{split}'. RefCOCO and RefCOCO+ have train, val, testA, testB; "
                          f"RefCOCOg has train, val, test.")
     return records
 
@@ -170,7 +176,7 @@ def load_picture(path):
     try:
         return Image.open(path).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path}: missing or not a readable picture ({error})") from None
+        raise LensError(f"{path}: missing or not a readable picture ({error})") from None
 
 
 def decode_mask(segmentation, size):
@@ -185,15 +191,15 @@ def decode_mask(segmentation, size):
 def load_item(record, text_index):
     """Decode one record with one of its expressions.
 
-    -> {"id", "text", "image" (PIL, RGB), "mask" (H, W) bool, "box" (picture frame)}; ValueError for a corrupt picture,
+    -> {"id", "text", "image" (PIL, RGB), "mask" (H, W) bool, "box" (picture frame)}; LensError for a corrupt picture,
     one whose size is not the annotated one, or a mask without a pixel.
     """
     image = load_picture(record["image"])
     if image.size != record["size"][::-1]:
-        raise ValueError(f"{record['image']}: {image.size} pixels, but its annotation says {record['size'][::-1]}")
+        raise LensError(f"{record['image']}: {image.size} pixels, but its annotation says {record['size'][::-1]}")
     mask = decode_mask(record["segmentation"], record["size"])
     if not mask.any():
-        raise ValueError(f"{record['id']} ({record['image']}): the segmentation covers no pixel")
+        raise LensError(f"{record['id']} ({record['image']}): the segmentation covers no pixel")
     return {"id": f"{record['id']}/{text_index}", "text": record["texts"][text_index], "image": image, "mask": mask,
             "box": record["box"]}
 
@@ -264,7 +270,7 @@ class Collator:
         ids = [torch.as_tensor(row) for row in encoded["input_ids"]]
         for item, row in zip(items, ids):
             if len(row) > self.max_prompt:        # never cut: half a picture is not a prompt
-                raise ValueError(f"{item['id']}: its prompt has {len(row)} tokens, the limit is {self.max_prompt}. Raise "
+                raise LensError(f"{item['id']}: its prompt has {len(row)} tokens, the limit is {self.max_prompt}. Raise "
                                  f"--max-prompt, or lower --max-pixels so that a picture takes fewer tokens.")
         grids = torch.as_tensor(np.array(encoded["image_grid_thw"]))
         patch = self.processor.image_processor.patch_size
@@ -279,6 +285,20 @@ class Collator:
             "frames": [mllm_frame(self.model_type, grid, patch) for grid in grids],
             "texts": [item["text"] for item in items], "keys": [item["id"] for item in items],
         }
+
+
+def select(batch, indices):
+    """The sub-batch of some of a batch's prompts; pixel_values is the one entry without a leading B."""
+    patches = batch["pixel_values"].split(batch["grid_thw"].prod(-1).tolist())
+    take = lambda value: value[indices] if torch.is_tensor(value) else [value[i] for i in indices]
+    return {name: torch.cat([patches[i] for i in indices]) if name == "pixel_values" else take(value)
+            for name, value in batch.items()}
+
+
+def to_device(batch, device):
+    """Move what the models read; token ids stay on the CPU, where groups are packed."""
+    moved = {name: batch[name].to(device, non_blocking=True) for name in ("pixel_values", "grid_thw", "sam_pixels", "low_masks")}
+    return {**batch, **moved}
 
 
 def training_batches(stream, collate, start, steps, batch, rank, world, workers):

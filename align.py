@@ -1,0 +1,285 @@
+"""Stage 1, pretraining alignment (Eq. 5): the context queries and the connector learn to prompt SAM 2.
+
+    python align.py --preset tiny                                  # a laptop, about two minutes
+    torchrun --nproc_per_node=16 align.py --output runs/align      # the paper's settings (Table A1)
+    torchrun --nproc_per_node=16 align.py --output runs/align --resume
+
+    L_align = L_seg(P_seg, M_gt)                                                                            (5)
+
+The MLLM and SAM are frozen; only Q and the connector train. What the queries read is a finished response, and RefCOCO
+holds none, so there are two ways to get one (`--context`):
+
+    own    the frozen MLLM's own greedy answer, as at inference (Eq. 2). It never changes, so it is made once, kept in
+           OUTPUT/answers.jsonl and shared by all processes.
+    true   an answer block with the true box, without reasoning, as the released code forces it.
+
+The parts of a training loop that both stages need (loss, schedule, metrics) stand here; train_rl.py imports them.
+"""
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box, select, to_device,
+                  training_batches)
+from model import (TINY, SharedArgs, build_lens, export, flag, generate, load_checkpoint, on_device, pack_groups, parse_settings,
+                   prompt_positions, run, save_checkpoint, set_trainable, shard, start_processes)
+
+
+@dataclass
+class TrainArgs:
+    """What both stages ask."""
+    output: str = flag("runs/out", "folder for metrics.jsonl, checkpoints and the finished model")
+    resume: bool = flag(False, "go on from OUTPUT's last checkpoint")
+    init: str = flag("", "a finished run to start from; stage 2 starts from stage 1's")
+    batch: int = flag(128, "prompts per step, over all processes")
+    micro_batch: int = flag(1, "prompts per forward and backward pass of one process")
+    epochs: int = flag(25, "passes over the training objects")
+    steps: int = flag(0, "stop after so many steps; 0 follows --epochs")
+    lr: float = flag(3e-5, "peak learning rate")
+    warmup: int = flag(0, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's weight decay")
+    adam_beta2: float = flag(0.999, "AdamW's beta2")
+    max_grad_norm: float = flag(1.0, "gradient clipping")
+    focal: bool = flag(False, "focal loss in the place of binary cross-entropy")
+    gradient_checkpointing: bool = flag(True, "recompute the MLLM's layers in the backward pass")
+    log_every: int = flag(10, "steps between printed lines")
+    save_every: int = flag(100, "steps between checkpoints")
+    log_to: Literal["", "wandb", "tensorboard"] = flag("", "also send metrics there, if that package is installed")
+
+    def __post_init__(self):
+        for name in ("batch", "micro_batch", "epochs", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not self.lr > 0 or not 0 < self.adam_beta2 < 1 or not self.max_grad_norm > 0:
+            raise LensError("--lr and --max-grad-norm must be positive, --adam-beta2 between 0 and 1")
+        if min(self.steps, self.warmup, self.weight_decay) < 0:
+            raise LensError("--steps, --warmup and --weight-decay must not be negative")
+
+
+@dataclass
+class AlignArgs(TrainArgs):
+    output: str = flag("runs/align", "folder for metrics.jsonl, checkpoints and the finished model")
+    context: Literal["own", "true"] = flag("own", "the response the queries read: the MLLM's own, or the true box")
+
+
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125, lr=2e-3, warmup=10,
+                        gradient_checkpointing=False, save_every=50)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pieces that both stages use
+
+
+def segmentation_loss(logits, truth, focal=False):
+    """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's; the paper names dice and
+    focal as examples). logits (N, h, w) at the decoder's resolution S/4; truth (N, h, w) in [0, 1], area-averaged to it.
+    -> (N,)"""
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    if focal:                                                        # Lin et al. 2017, gamma 2, alpha 0.25
+        pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
+    return dice + pixel.mean((1, 2))
+
+
+def learning_rate(step, total, warmup, shape):
+    """Factor of the peak rate at `step`: linear warm-up, then `cosine` (stage 1) or `linear` (stage 2) to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1 - done
+
+
+def plan_steps(args, world, objects):
+    """-> steps of the whole run. A batch must split evenly over processes, and a share over passes."""
+    if args.batch % world or args.batch // world % args.micro_batch:
+        fits = [b for b in range(world, args.batch + 2 * world * args.micro_batch) if b % (world * args.micro_batch) == 0]
+        raise LensError(f"--batch {args.batch} does not split over {world} processes in passes of --micro-batch "
+                        f"{args.micro_batch}. With these, --batch can be {', '.join(map(str, fits[-3:]))} or another multiple of "
+                        f"{world * args.micro_batch}.")
+    return args.steps or max(1, args.epochs * objects // args.batch)
+
+
+def open_output(args, settings, rank):
+    """The run's folder with settings.json. An earlier run there is never overwritten silently."""
+    folder = Path(args.output)
+    if (folder / "metrics.jsonl").exists() and not args.resume:
+        raise LensError(f"{folder} holds a run already. Go on with it (--resume), name another --output, or remove it.")
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps({k: v for s in settings for k, v in asdict(s).items()}, indent=2))
+    dist.barrier()
+    return folder
+
+
+class Metrics:
+    """metrics.jsonl, one object per step, and a progress bar; only rank 0 writes. A resumed run first cuts the lines
+    after the restored step, so that the file reads as if nothing had happened."""
+
+    def __init__(self, folder, start, total, rank, log_to=""):
+        self.path, self.rank, self.send = folder / "metrics.jsonl", rank, None
+        if rank:
+            return
+        lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.replace(self.path)
+        self.bar = tqdm(total=total, initial=start, desc=folder.name, dynamic_ncols=True)
+        if log_to == "wandb":
+            import wandb
+            self.send = lambda row: wandb.log(row, step=row["step"])
+            wandb.init(dir=str(folder), name=folder.name)
+        elif log_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder)
+            self.send = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
+
+    def write(self, row, show):
+        """show: names of the numbers beside the progress bar."""
+        if self.rank:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.bar.set_postfix({name: f"{row[name]:.3f}" for name in show}, refresh=False)
+        self.bar.update()
+        if self.send:
+            self.send(row)
+
+    def say(self, text):
+        if not self.rank:
+            tqdm.write(text)
+
+
+def apply_update(lens, optimizer, factor, max_grad_norm):
+    """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before clipping (tensor)."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    norm = torch.nn.utils.clip_grad_norm_([p for p in lens.parameters() if p.requires_grad], max_grad_norm).full_tensor()
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def stop_if_not_finite(loss, step, folder):
+    """NaN or infinity must not reach the weights: the last checkpoint stays the last good one."""
+    if not math.isfinite(loss):
+        raise LensError(f"step {step}: the loss is {loss}; stopped before the update. {folder}/checkpoints holds the last good "
+                        f"state; lower --lr and go on with --resume.")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The response that the queries read
+
+
+def true_answers(batch, tokenizer):
+    """The answer block with the true box, spoken in the MLLM frame, and the end token: list of B (T,)."""
+    answers = []
+    for box, mask, frame, text in zip(batch["boxes"], batch["masks"], batch["frames"], batch["texts"]):
+        box = rescale_box(box, mask.shape[::-1], frame)
+        answers.append(torch.tensor(tokenizer(answer_text(box, text)).input_ids + [tokenizer.eos_token_id]))
+    return answers
+
+
+class OwnAnswers:
+    """The frozen MLLM's greedy answers by item key. Every process holds all; rank 0 keeps them on disk."""
+
+    def __init__(self, path, rank):
+        self.path, self.rank, self.known = path, rank, {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                key, ids = json.loads(line)
+                self.known[key] = torch.tensor(ids)
+            except ValueError:
+                pass                                                     # a line cut by a kill: made again
+
+    def __call__(self, lens, batch, positions, max_new):
+        """-> list of B (T,), generating only what is new. A collective: every rank calls it every step."""
+        new = [i for i, key in enumerate(batch["keys"]) if key not in self.known]
+        made = {}
+        if new:
+            completions, _ = generate(lens.mllm, select(batch, new), [positions[i] for i in new], 1, max_new, lens.eos,
+                                      lens.forbidden)
+            made = {batch["keys"][i]: group[0].tolist() for i, group in zip(new, completions)}
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, made)
+        made = {key: ids for part in everyone for key, ids in part.items()}
+        self.known.update({key: torch.tensor(ids) for key, ids in made.items()})
+        if self.rank == 0 and made:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(item) + "\n" for item in made.items()))
+        return [self.known[key] for key in batch["keys"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def align_step(lens, batch, answers, world, args):
+    """Forward and backward of one pass of B prompts; gradients add up over passes. -> loss sum, mask IoU sum (tensors)."""
+    packed = pack_groups(batch["ids"], prompt_positions(lens.mllm, batch), [[a] for a in answers], lens.M)
+    packed = on_device(packed, batch["pixel_values"].device)
+    logits = lens(batch, packed, lens.encode_pictures(batch["sam_pixels"]), with_log_probs=False)["mask_logits"]
+    loss = segmentation_loss(logits, batch["low_masks"], args.focal).sum()
+    (loss * world / args.batch).backward()               # FSDP averages over ranks, so this is the mean over the batch
+    predicted, truth = logits > 0, batch["low_masks"] > 0.5
+    union = (predicted | truth).sum((1, 2)).clamp(min=1)
+    return torch.stack([loss.detach(), ((predicted & truth).sum((1, 2)) / union).sum()])
+
+
+def main():
+    shared, args = parse_settings([SharedArgs, AlignArgs], PRESETS, __doc__.splitlines()[0])
+    rank, world, device, mesh = start_processes()
+    records = read_records(shared.data, shared.datasets, "train")[:shared.limit or None]
+    total = plan_steps(args, world, len(records))
+    frozen = torch.bfloat16 if shared.precision == "bf16" else torch.float32
+    folder = open_output(args, (shared, args), rank)
+    lens, processor = build_lens(shared, args.init, dtype=frozen)        # frozen weights need no fp32 masters
+    set_trainable(lens, "align")
+    lens.to(device).train()
+    if args.gradient_checkpointing:
+        lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
+    shard(lens, mesh, shared.precision, replicated=[p for p in lens.parameters() if not p.requires_grad])
+    optimizer = torch.optim.AdamW([{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
+                                  lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt)
+    loader = training_batches(TrainingStream(records, shared.seed), collate, start, total, args.batch, rank, world,
+                              shared.workers)
+    own = OwnAnswers(folder / "answers.jsonl", rank)
+    metrics = Metrics(folder, start, total, rank, args.log_to)
+    began = time.time()
+    for step, batch in enumerate(loader, start):
+        batch = to_device(batch, device)
+        if args.context == "own":
+            answers = own(lens, batch, prompt_positions(lens.mllm, batch), shared.max_completion)
+        else:
+            answers = true_answers(batch, processor.tokenizer)
+        sums = 0
+        for i in range(0, len(answers), args.micro_batch):
+            part = range(i, i + args.micro_batch)
+            sums = sums + align_step(lens, select(batch, part), [answers[j] for j in part], world, args)
+        dist.all_reduce(sums)
+        loss, iou = (sums / args.batch).tolist()
+        stop_if_not_finite(loss, step, folder)
+        factor = learning_rate(step, total, args.warmup, "cosine")
+        norm = apply_update(lens, optimizer, factor, args.max_grad_norm)
+        row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm.item(), "lr": args.lr * factor,
+               "seconds": round(time.time() - began, 3)}
+        began = time.time()
+        metrics.write(row, ("loss", "mask_iou"))
+        if (step + 1) % args.save_every == 0 or step + 1 == total:
+            save_checkpoint(folder, step + 1, lens, optimizer)
+    export(folder, lens, shared)
+    metrics.say(f"Stage 1 is done: {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

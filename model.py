@@ -1,0 +1,634 @@
+"""Lens: a multimodal LLM, context queries, a connector and SAM 2 (Eqs. 1-4); sampling; the group forward.
+
+    Eq. 1   P_CoT, P_box = mllm.generate(p_sys, T, I)                      generate()
+    Eq. 2   Q' = mllm.forward(p_sys, T, I, P_CoT, P_box, Q)                group_hidden(), Lens.forward()
+    Eq. 3   Q_seg = connector(Q')                                          Connector
+    Eq. 4   P_seg = sam(Q_seg, I)                                          SamHead
+
+One group is a prompt and its G completions. They share the picture and the prompt, so the group is one packed row
+
+    [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
+
+in which completion i sees the prompt and itself only, at the positions it would have alone. The result is that of G
+separate forwards (tests/test_model.py), for the cost of one prompt. The vision tower and SAM's image encoder run once
+per picture. The released code forwards every sample in full and encodes every copy of the picture.
+
+Departures. Positions are Qwen's 3-D M-RoPE in every pass; the released context pass falls back to 1-D ones. The
+connector hands all M tokens to SAM (our reading of Eq. 3); the released one squeezes them into one
+(`--prompt-tokens one`). Logits exist for completion tokens only and in chunks, never as (L, V).
+
+Letters: B prompts, G samples per prompt, N = B * G, P prompt tokens, T completion tokens, L row length, M context
+queries, C hidden size, V vocabulary, K prompt tokens to SAM, D SAM's width, S SAM's picture side.
+"""
+import copy
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, HfArgumentParser
+
+from data import LensError
+
+# ----------------------------------------------------------------------------------------------------------------
+# Settings that every script shares; each script adds its own dataclass
+
+
+def flag(default, help):
+    """A dataclass field with the text that --help shows."""
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**make, metadata={"help": help})
+
+
+@dataclass
+class SharedArgs:
+    mllm: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "Hugging Face id or folder of the multimodal LLM")
+    sam: str = flag("weights/sam2_hiera_large.pt", "SAM 2 checkpoint under its official file name, or a folder with "
+                                                   "config.yaml and model.pt")
+    num_queries: int = flag(64, "M, context queries (Table 3)")
+    connector: Literal["vit", "mlp"] = flag("vit", "connector between MLLM and SAM (Table 4)")
+    connector_heads: int = flag(16, "attention heads of the ViT connector; must divide the MLLM's hidden size")
+    prompt_tokens: Literal["all", "one"] = flag("all", "tokens SAM is prompted with: all M, or one squeezed from them "
+                                                       "(released code)")
+    data: str = flag("datasets", "folder that holds refer_seg/ (see data.py)")
+    datasets: list[str] = flag(["refcoco", "refcoco+", "refcocog"], "datasets to read below it")
+    max_pixels: int = flag(0, "cap on the pixels of the MLLM's picture; 0 keeps the processor's own (default smart resize)")
+    max_prompt: int = flag(2048, "longest prompt, in tokens; a longer one is an error, never cut")
+    max_completion: int = flag(768, "longest completion, in tokens")
+    precision: Literal["bf16", "fp32"] = flag("bf16", "compute precision of the MLLM and connector; masters are fp32")
+    limit: int = flag(0, "use only so many training objects, or evaluation rows; 0 uses all")
+    seed: int = flag(42, "the only source of randomness: data order, expressions, initial queries, samples")
+    workers: int = flag(4, "processes that load pictures")
+
+    def __post_init__(self):
+        for name in ("num_queries", "connector_heads", "max_prompt", "max_completion"):
+            if getattr(self, name) < 1:
+                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if min(self.workers, self.max_pixels, self.limit) < 0:
+            raise LensError("--workers, --max-pixels and --limit must not be negative")
+
+
+def parse_settings(classes, presets, description):
+    """Command line -> one instance per dataclass. Defaults come from the class, then from the run that `--checkpoint`
+    names, then from `--preset`; flags override all. An unknown flag or a value out of range ends with one line."""
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(presets), help="defaults for a whole set-up; flags override them")
+    early = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
+    try:
+        if getattr(early, "checkpoint", ""):
+            parser.set_defaults(**read_run(early.checkpoint))
+        parser.set_defaults(**presets.get(early.preset, {}))
+        values = vars(parser.parse_args())
+        return [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in classes]
+    except LensError as error:
+        parser.error(str(error))
+
+
+def run(main):
+    """A script's entry: an error meant for the user is one line, not a traceback."""
+    try:
+        main()
+    except LensError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", num_queries=8, connector_heads=4, data="runs/shapes",
+            datasets=["shapes"], max_completion=64, precision="fp32", workers=0)
+
+# ----------------------------------------------------------------------------------------------------------------
+# The parts: connector (Eq. 3) and SAM's head (Eq. 4)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, bidirectional over the M queries."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):                                                    # (N, M, C)
+        N, M, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(N, M, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, M, C))
+        hidden = self.fc1(self.norm2(x))
+        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))          # quick GELU
+
+
+class Connector(nn.Module):
+    """Eq. 3, Q_seg = connector(Q'): query states (N, M, C) -> SAM prompt embeddings (N, K, D), K = M or 1.
+
+    "A shallow transformer" in the paper; four blocks, as in the released code. `kind="mlp"` is Table 4's other row."""
+
+    def __init__(self, C, M, D, kind="vit", heads=16, prompt_tokens="all"):
+        super().__init__()
+        if kind == "vit" and C % heads:
+            raise LensError(f"--connector-heads {heads} does not divide the MLLM's hidden size {C}")
+        self.position = nn.Parameter(torch.randn(1, M, C) * 0.02) if kind == "vit" else None
+        self.blocks = nn.ModuleList(Block(C, heads) for _ in range(4 if kind == "vit" else 0))
+        self.squeeze = nn.Conv1d(C, C, kernel_size=M) if prompt_tokens == "one" else None
+        self.to_sam = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, D))
+
+    def forward(self, x):                                                    # (N, M, C)
+        if self.position is not None:
+            x = x + self.position
+        for block in self.blocks:
+            x = block(x)
+        if self.squeeze is not None:
+            x = self.squeeze(x.transpose(1, 2)).transpose(1, 2)              # (N, 1, C)
+        return self.to_sam(x)
+
+
+class SamHead(nn.Module):
+    """Eq. 4: SAM 2 without its image encoder and without its video memory, under sam2's own parameter names.
+    It stays in fp32: SAM 2 is not clean in bf16."""
+
+    def __init__(self, sam):
+        super().__init__()
+        self.sam_prompt_encoder, self.sam_mask_decoder = sam.sam_prompt_encoder, sam.sam_mask_decoder
+        self.no_mem_embed = sam.no_mem_embed
+
+    def forward(self, features, prompts):
+        """features: encode_pictures' three maps, (B, c, h, w) at strides 4, 8, 16; prompts (B, G, K, D)
+        -> mask logits (B * G, S/4, S/4)."""
+        decoder, G = self.sam_mask_decoder, prompts.shape[1]
+        features = [f.float() for f in features]
+        maps = [decoder.conv_s0(features[0]), decoder.conv_s1(features[1]),
+                features[2] + self.no_mem_embed.view(1, -1, 1, 1)]
+        # one picture's maps serve its G prompts: views for B = 1, copies only for B > 1
+        maps = [m[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1) for m in maps]
+        _, dense = self.sam_prompt_encoder(points=None, boxes=None, masks=None)      # (1, D, S/16, S/16): "no mask"
+        logits = decoder(image_embeddings=maps[2], image_pe=self.sam_prompt_encoder.get_dense_pe(),
+                         sparse_prompt_embeddings=prompts.flatten(0, 1).float(), dense_prompt_embeddings=dense,
+                         multimask_output=False, repeat_image=False, high_res_features=maps[:2])[0]
+        return logits[:, 0].clone()                                          # FSDP warns of views that leave a unit
+
+    def box_prompts(self, boxes):
+        """Boxes (N, 4) in the SAM frame -> (N, 3, D), as SAM 2's predictor does it: two corner points and padding.
+        What Seg-Zero prompts with; not used by Lens itself."""
+        corners, labels = boxes.view(-1, 2, 2), torch.tensor([[2, 3]], device=boxes.device).expand(len(boxes), 2)
+        return self.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The group forward
+
+
+def prompt_positions(mllm, batch):
+    """3-D M-RoPE positions of each prompt: list of B (3, P_b) long, on the CPU."""
+    grids = batch["grid_thw"].cpu()
+    return [mllm.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=grids[b:b + 1])[0][:, 0]
+            for b, (ids, types) in enumerate(zip(batch["ids"], batch["types"]))]
+
+
+def pack_groups(prompt_ids, positions, completions, M):
+    """Lay out B groups as B packed rows.
+
+    prompt_ids: B x (P_b,); positions: B x (3, P_b); completions: B x G x (T_i,) long, on the CPU.
+    Returns a dict of tensors:
+        ids (B, L)             prompt and completion tokens, 0 where a query or padding stands
+        positions (3, B, L)    every completion continues from its prompt's end
+        segments (B, L)        0 prompt, i completion i with its queries, -1 padding
+        queries (N, M)         flat index b * L + l of each context query
+        predictors (tokens,)   flat index of the state that predicts each completion token; the first token of every
+                               completion is predicted by the prompt's last state
+        targets (tokens,)      those tokens, completion by completion
+        mask (N, T)            where they go in a padded (N, T) table: the completion mask
+    """
+    rows, lengths = [], [len(c) for group in completions for c in group]
+    for ids, position, group in zip(prompt_ids, positions, completions):
+        P, slots = len(ids), torch.zeros(M, dtype=torch.long)
+        row = {"ids": [ids], "positions": [position], "segments": [torch.zeros(P, dtype=torch.long)],
+               "queries": [], "predictors": []}
+        start, first = P, int(position.max()) + 1
+        for i, completion in enumerate(group, 1):
+            T = len(completion)
+            row["ids"] += [completion, slots]
+            row["positions"].append((first + torch.arange(T + M)).expand(3, -1))
+            row["segments"].append(torch.full((T + M,), i))
+            row["predictors"].append(torch.cat([torch.tensor([P - 1]), start + torch.arange(T - 1)]))
+            row["queries"].append(start + T + torch.arange(M))
+            start += T + M
+        rows.append({name: torch.cat(parts, -1) if name in ("ids", "positions", "segments") else parts
+                     for name, parts in row.items()})
+    L = max(len(row["ids"]) for row in rows)
+    pad = lambda name, value: torch.stack([F.pad(row[name], (0, L - len(row["ids"])), value=value) for row in rows])
+    flat = lambda name: [index + b * L for b, row in enumerate(rows) for index in row[name]]
+    return {"ids": pad("ids", 0), "positions": pad("positions", 0).transpose(0, 1), "segments": pad("segments", -1),
+            "queries": torch.stack(flat("queries")), "predictors": torch.cat(flat("predictors")),
+            "targets": torch.cat([c for group in completions for c in group]),
+            "mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]}
+
+
+def on_device(packed, device):
+    return {name: value.to(device, non_blocking=True) for name, value in packed.items()}
+
+
+def group_mask(segments):
+    """(B, L) segments -> (B, 1, L, L) bool attention mask: causal, and the key is of the prompt or of one's own segment."""
+    L = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(L, L, dtype=torch.bool, device=segments.device).tril()
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+def embed(mllm, ids, pixel_values, grid_thw):
+    """Token embeddings (B, L, C) with each picture's features in its place."""
+    embeds = mllm.model.language_model.embed_tokens(ids)
+    features = torch.cat(mllm.model.get_image_features(pixel_values, grid_thw).pooler_output)      # (picture tokens, C)
+    return embeds.masked_scatter((ids == mllm.config.image_token_id)[..., None], features.to(embeds.dtype))
+
+
+def group_hidden(mllm, batch, packed, queries=None):
+    """Eq. 2 for whole groups: the MLLM's last hidden states, flat (B * L, C), of packed rows."""
+    embeds = embed(mllm, packed["ids"], batch["pixel_values"], batch["grid_thw"])
+    B, L, C = embeds.shape
+    if queries is not None:                                                  # (M, C), the same for all N completions
+        where = packed["queries"].flatten()
+        embeds = embeds.view(B * L, C).index_copy(0, where, queries.to(embeds.dtype).repeat(len(packed["queries"]), 1))
+    return mllm.model.language_model(inputs_embeds=embeds.view(B, L, C), position_ids=packed["positions"],
+                                     attention_mask=group_mask(packed["segments"]), use_cache=False
+                                     ).last_hidden_state.view(B * L, C)
+
+
+def policy_logits(lm_head, hidden, forbidden, temperature):
+    """Logits (n, V) in fp32 of the policy that is sampled and trained: the same temperature and the same forbidden
+    tokens in both places, else the objective's probabilities are not those of the samples."""
+    return (lm_head(hidden).float() / temperature).masked_fill(forbidden, -1e9)
+
+
+def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=128):
+    """Log-probabilities of `targets` (n,) under states (n, C), and the policy's entropy there (no gradient).
+
+    A chunk's logits are made again in the backward pass, so that no (n, V) table outlives its chunk."""
+
+    def one_chunk(h, t):
+        log_p = policy_logits(lm_head, h, forbidden, temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(1, t[:, None])[:, 0], entropy
+
+    parts = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def completion_table(values, mask):
+    """Values (tokens,) of all completions, one after another -> (N, T), 0 where there is no token."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+class Lens(nn.Module):
+    """The whole model. Whatever is trained takes part in `forward`: FSDP gathers and reduces around this one call."""
+
+    def __init__(self, mllm, sam, args, forbidden, eos):
+        super().__init__()
+        C, D = mllm.config.text_config.hidden_size, sam.sam_prompt_encoder.embed_dim
+        self.mllm, self.image_encoder, self.sam = mllm, sam.image_encoder, SamHead(sam)
+        scale = mllm.config.text_config.initializer_range
+        self.queries = nn.Parameter(torch.randn(args.num_queries, C) * scale)       # Q, drawn like token embeddings
+        self.connector = Connector(C, args.num_queries, D, args.connector, args.connector_heads, args.prompt_tokens)
+        self.register_buffer("forbidden", forbidden, persistent=False)              # (V,) bool: never sampled
+        self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
+
+    @torch.no_grad()
+    def encode_pictures(self, sam_pixels):
+        """(B, 3, S, S) -> SAM's feature maps at strides 4, 8 and 16. Frozen in both stages, once per picture."""
+        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=sam_pixels.is_cuda):
+            return self.image_encoder(sam_pixels)["backbone_fpn"]
+
+    def forward(self, batch, packed, features, temperature=1.0, with_log_probs=True):
+        """One packed pass over B groups.
+
+        -> mask_logits (N, S/4, S/4) and query_states (N, M, C); with_log_probs also log_probs and entropy (N, T)."""
+        hidden = group_hidden(self.mllm, batch, packed, self.queries)
+        out = {"query_states": hidden[packed["queries"]]}                           # Q' of Eq. 2
+        prompts = self.connector(out["query_states"].to(self.connector.to_sam[0].weight.dtype))
+        B = len(packed["ids"])
+        out["mask_logits"] = self.sam(features, prompts.view(B, -1, *prompts.shape[1:]))
+        if with_log_probs:
+            log_probs, entropy = token_log_probs(self.mllm.lm_head, hidden[packed["predictors"]], packed["targets"],
+                                                 self.forbidden, temperature)
+            out["log_probs"] = completion_table(log_probs, packed["mask"])
+            out["entropy"] = completion_table(entropy, packed["mask"])
+        return out
+
+
+class Reference(nn.Module):
+    """The frozen policy of the KL term (Eq. 9): the same packed pass, without queries."""
+
+    def __init__(self, mllm, forbidden):
+        super().__init__()
+        self.mllm = mllm.requires_grad_(False)
+        self.register_buffer("forbidden", forbidden, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch, packed, temperature=1.0):
+        hidden = group_hidden(self.mllm, batch, packed)
+        log_probs, _ = token_log_probs(self.mllm.lm_head, hidden[packed["predictors"]], packed["targets"], self.forbidden,
+                                       temperature)
+        return completion_table(log_probs, packed["mask"])
+
+
+def full_size_masks(logits, size):
+    """Mask logits (G, S/4, S/4) -> (G, H, W) bool at the picture's own size, as SAM 2's post-processing does: SAM's square
+    covers the whole picture, so this is one bilinear resize."""
+    return F.interpolate(logits[None].float(), tuple(size), mode="bilinear", align_corners=False)[0] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sampling (Eq. 1)
+
+
+def pick_tokens(logits, uniforms=None):
+    """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in [0, 1)."""
+    if uniforms is None:
+        return logits.argmax(-1)
+    cdf = logits.softmax(-1).double().cumsum(-1)
+    total = cdf[:, -1:]
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)[:, 0]     # the first token whose interval holds u; never one of width 0
+
+
+def draw_uniforms(seed, step, prompts, G, T):
+    """(len(prompts) * G, T) in [0, 1): a row is a function of (seed, step, place of the prompt in the batch, g) alone."""
+    return torch.from_numpy(np.stack([np.random.default_rng([seed, step, prompt, g]).random(T)
+                                      for prompt in prompts for g in range(G)]))
+
+
+@torch.no_grad()
+def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, temperature=1.0):
+    """G completions of each of B prompts: all decoded as one batch, each prompt prefilled once.
+
+    uniforms: (N, max_new) double, one row per sample drawn before sampling, so that a sample depends on neither rank,
+    batch nor world size; None decodes greedily. Returns (completions, finished): B lists of G (T_i,) long CPU tensors,
+    the end token included, and B lists of G bools, False where the limit cut the completion.
+    """
+    training = mllm.training
+    mllm.eval()                                                  # in training mode checkpointing would drop the cache
+    device, lm, P = batch["pixel_values"].device, mllm.model.language_model, max(len(ids) for ids in batch["ids"])
+    left = lambda x, value=0: F.pad(x, (P - x.shape[-1], 0), value=value)         # prompts end together
+    ids = torch.stack([left(ids) for ids in batch["ids"]]).to(device)                                       # (B, P)
+    attention = torch.stack([left(torch.ones_like(ids)) for ids in batch["ids"]]).to(device)
+    position = torch.stack([left(p) for p in positions], 1).to(device)                                      # (3, B, P)
+    cache = DynamicCache(config=mllm.config.text_config)
+    hidden = lm(inputs_embeds=embed(mllm, ids, batch["pixel_values"], batch["grid_thw"]), position_ids=position,
+                attention_mask=attention, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    cache.batch_repeat_interleave(G)
+    hidden, attention = hidden.repeat_interleave(G, 0), attention.repeat_interleave(G, 0)
+    next_position = (position.amax((0, 2)) + 1).repeat_interleave(G)                                        # (N,)
+    N = len(hidden)
+    alive = torch.arange(N, device=device)                       # the samples that the decoding batch still holds
+    tokens, done = torch.full((N, max_new), eos, device=device), torch.zeros(N, dtype=torch.bool, device=device)
+    for t in range(max_new):
+        logits = policy_logits(mllm.lm_head, hidden, forbidden, temperature)
+        token = pick_tokens(logits, None if uniforms is None else uniforms[alive, t])
+        token = torch.where(done[alive], eos, token)             # what follows the end token is cut off below
+        tokens[alive, t], done[alive] = token, done[alive] | (token == eos)
+        if t % 8 == 7:                                           # one host sync per eight tokens
+            running = (~done[alive]).nonzero()[:, 0]
+            if len(running) == 0:
+                break
+            if len(running) <= len(alive) // 2:                  # half have ended: drop them, so that few shapes occur
+                cache.batch_select_indices(running)
+                alive, token, attention = alive[running], token[running], attention[running]
+        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
+        hidden = lm(inputs_embeds=lm.embed_tokens(token[:, None]), attention_mask=attention, past_key_values=cache,
+                    position_ids=(next_position[alive] + t).expand(3, 1, -1).transpose(1, 2), use_cache=True
+                    ).last_hidden_state[:, -1]
+    mllm.train(training)
+    ended = tokens == eos
+    lengths = torch.where(done, ended.int().argmax(1) + 1, max_new).tolist()
+    rows = [row[:length] for row, length in zip(tokens.cpu(), lengths)]
+    group = lambda flat: [flat[i:i + G] for i in range(0, N, G)]
+    return group(rows), group(done.tolist())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Loading and saving
+
+SAM_CONFIGS = {f"{version}_hiera_{size}.pt": f"configs/{version}/{version}_hiera_{short}.yaml" for version in ("sam2", "sam2.1")
+               for size, short in (("tiny", "t"), ("small", "s"), ("base_plus", "b+"), ("large", "l"))}
+
+
+def load_sam(path):
+    """SAM 2 from a folder (config.yaml, model.pt) or from a checkpoint under its official name, whose configuration
+    the sam2 package holds. Built from that yaml as sam2.build_sam does without post-processing; loaded strictly."""
+    path = Path(path)
+    config, weights = (path / "config.yaml", path / "model.pt") if path.is_dir() else (SAM_CONFIGS.get(path.name), path)
+    if config is None:
+        raise LensError(f"--sam {path}: not a folder, and not one of SAM 2's file names ({', '.join(SAM_CONFIGS)})")
+    if isinstance(config, str):
+        import sam2
+        config = Path(sam2.__path__[0]) / config
+    if not weights.exists():
+        raise LensError(f"{weights} is missing. Download it: huggingface-cli download facebook/"
+                         f"{weights.stem.replace('_', '-')} {weights.name} --local-dir {weights.parent}; or try the method "
+                         f"without any download: --preset tiny.")
+    sam = instantiate(OmegaConf.load(config).model, _recursive_=True)
+    try:
+        sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
+    except Exception as error:
+        raise LensError(f"{weights}: not the weights of {config} ({error})") from None
+    return sam
+
+
+def load_mllm(path, dtype):
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL by its own config, and its processor. Never cast a Qwen model afterwards as a
+    whole: its rotary frequencies are a buffer that must stay fp32."""
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise LensError(f"--mllm {path}: could not be loaded. Download it (huggingface-cli download {path}) or give the "
+                         f"folder that holds its config.json and safetensors; or try the method without any download: "
+                         f"--preset tiny. ({str(error).splitlines()[0]})") from None
+
+
+def forbidden_tokens(tokenizer, vocab_size):
+    """(V,) bool: what must never be sampled. Every special token but the end token (a sampled picture token would break
+    the next forward), and rows of the vocabulary beyond the tokenizer's last token."""
+    forbidden = torch.arange(vocab_size) >= len(tokenizer)
+    forbidden[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    forbidden[tokenizer.eos_token_id] = False
+    return forbidden
+
+
+def read_run(folder):
+    """The shared settings of a finished run."""
+    try:
+        return json.loads((Path(folder) / "lens.json").read_text())
+    except OSError:
+        raise LensError(f"{folder}: no finished run here (lens.json is missing). Train one first: align.py, then "
+                        f"train_rl.py.") from None
+
+
+def build_lens(args, folder=None, dtype=torch.float32):
+    """-> (Lens, processor). With `folder`, a run's export: its MLLM (where it trained one), context module and SAM head."""
+    folder = folder and Path(folder)
+    if folder:
+        saved = read_run(folder)
+        for name in ("num_queries", "connector", "connector_heads", "prompt_tokens"):
+            setattr(args, name, saved[name])
+        args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
+    sam = load_sam(args.sam)
+    mllm, processor = load_mllm(args.mllm, dtype)
+    if args.max_pixels:
+        processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": args.max_pixels}
+    torch.manual_seed(args.seed)                                                # the initial queries and connector
+    forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features)
+    lens = Lens(mllm, sam, args, forbidden, processor.tokenizer.eos_token_id)
+    if folder:
+        for name, module in (("context", context_module(lens)), ("sam", lens.sam)):
+            try:
+                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            except (OSError, RuntimeError) as error:
+                raise LensError(f"{folder / name}.safetensors does not fit --mllm {args.mllm} and --sam {args.sam}: it "
+                                 f"belongs to another architecture ({str(error).splitlines()[0]})") from None
+    return lens, processor
+
+
+def context_module(lens):
+    """Queries and connector under one state dict, the part that stage 1 trains."""
+    module = nn.Module()
+    module.queries, module.connector = lens.queries, lens.connector
+    return module
+
+
+def export(folder, lens, args, mllm=None):
+    """Write a folder for use: context.safetensors, sam.safetensors, lens.json and, where it was trained, mllm/ as
+    save_pretrained writes it (transformers and vLLM load it unchanged). `mllm` is (module, processor), unsharded.
+    Written beside and moved in, lens.json last: what has a lens.json is whole. Every rank calls this; rank 0 writes."""
+    full = lambda module: {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().contiguous()
+                           for n, p in module.state_dict().items()}
+    context, sam = full(context_module(lens)), full(lens.sam)
+    if dist.get_rank() == 0:
+        folder, building = Path(folder), Path(folder) / "export.tmp"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_file(context, building / "context.safetensors")
+        save_file(sam, building / "sam.safetensors")
+        if mllm:
+            mllm[0].save_pretrained(building / "mllm")
+            mllm[1].save_pretrained(building / "mllm")
+        (folder / "lens.json").unlink(missing_ok=True)
+        for path in sorted(building.iterdir()):
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.replace(folder / path.name)
+        (building / "lens.json").write_text(json.dumps(asdict(args), indent=2))
+        (building / "lens.json").replace(folder / "lens.json")
+        building.rmdir()
+    dist.barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Processes: torch.distributed, FSDP2, resumable checkpoints
+
+
+def start_processes():
+    """-> rank, world size, device, mesh. Under torchrun N processes; without it one, through the same code."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def set_trainable(lens, stage):
+    """Stage 1 trains the context queries and the connector; stage 2 everything but SAM's image encoder (Fig. 2)."""
+    lens.requires_grad_(stage == "rl")
+    lens.image_encoder.requires_grad_(False)
+    context_module(lens).requires_grad_(True)
+
+
+def shard(module, mesh, precision, replicated=()):
+    """FSDP2: each transformer block a unit, SAM's head a unit in fp32, the rest in the root. fp32 masters, compute in
+    `precision`, gradients reduced in fp32. `replicated` parameters (the frozen ones) stay whole on every rank."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "ignored_params": set(replicated)}
+    units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
+    units += [*module.connector.blocks] if isinstance(module, Lens) else []
+    for unit in units:
+        if not set(unit.parameters()) <= options["ignored_params"]:
+            fully_shard(unit, mp_policy=policy, **options)
+    if isinstance(module, Lens) and not set(module.sam.parameters()) <= options["ignored_params"]:
+        fully_shard(module.sam, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32), **options)
+    return fully_shard(module, mp_policy=policy, **options)
+
+
+def copy_mllm(mllm, precision):
+    """An unsharded copy in the compute precision: what samples, and the reference. Only parameters are cast (see
+    load_mllm)."""
+    twin = copy.deepcopy(mllm).requires_grad_(False).eval()
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return twin
+
+
+@torch.no_grad()
+def refresh(twin, mllm):
+    """twin <- the sharded policy's weights, cast before they are gathered. A collective: every rank calls it, after
+    every update, or some ranks would sample from a stale model."""
+    for target, parameter in zip(twin.parameters(), mllm.parameters()):
+        target.copy_(parameter.to(target.dtype).full_tensor())
+
+
+def save_checkpoint(folder, step, lens, optimizer):
+    """For resuming: FOLDER/checkpoints/step_N holds what is trained, the optimizer and the step. All else (data order,
+    samples, learning rate) is a function of the seed and the step. Written under another name and renamed; then the
+    older one goes."""
+    target = Path(folder) / "checkpoints" / f"step_{step:06d}"
+    building = target.with_name(f"building_{step:06d}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(building, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    weights, state = get_state_dict(lens, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    dcp.save({"weights": weights, "optimizer": state, "step": torch.tensor(step)}, checkpoint_id=str(building))
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        building.rename(target)
+        for old in sorted(target.parent.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(folder, lens, optimizer):
+    """Restore the latest complete checkpoint, on any number of processes. -> its step, 0 where there is none."""
+    found = sorted((Path(folder) / "checkpoints").glob("step_*"))
+    if not found:
+        return 0
+    weights, state = get_state_dict(lens, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
+    try:
+        dcp.load(saved, checkpoint_id=str(found[-1]))
+    except Exception as error:
+        raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use "
+                         f"another --output, or the settings in settings.json beside it ({str(error).splitlines()[0]})") from None
+    set_state_dict(lens, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
+                   options=StateDictOptions(ignore_frozen_params=True))
+    return int(saved["step"])

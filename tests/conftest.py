@@ -1,0 +1,67 @@
+"""Shared by the tests: the repository's root on the path, one thread (exact sums), small real models with random
+weights, and batches without any file."""
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=str(ROOT))
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+torch.set_num_threads(1)
+
+IMAGE, END, VOCABULARY = 255, 2, 256
+
+
+def random_mllm(seed=0, attention="sdpa"):
+    """A real Qwen2.5-VL of two layers, random weights, untied head so that nothing is accidentally shared."""
+    torch.manual_seed(seed)
+    text = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.2,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]),
+                bos_token_id=None, eos_token_id=END, pad_token_id=0)
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8, window_size=32,
+                  out_hidden_size=64, fullatt_block_indexes=[1])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=254,
+                              vision_start_token_id=252, vision_end_token_id=253, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention).float()
+
+
+def random_sam(seed=0):
+    """A real SAM 2 of a small Hiera at 128 px, as tests/tiny/sam/config.yaml describes it, random weights."""
+    torch.manual_seed(seed)
+    return instantiate(OmegaConf.load(ROOT / "tests/tiny/sam/config.yaml").model, _recursive_=True)
+
+
+def random_batch(grids=((1, 4, 6), (1, 6, 4)), texts=(7, 11), seed=1):
+    """B prompts of different lengths over pictures of different shapes, as Collator lays them out."""
+    g = torch.Generator().manual_seed(seed)
+    ids, types = [], []
+    for (_, h, w), n in zip(grids, texts):
+        words = lambda k: torch.randint(3, 250, (k,), generator=g)
+        ids.append(torch.cat([words(4), torch.tensor([252]), torch.full((h * w // 4,), IMAGE), torch.tensor([253]), words(n)]))
+        types.append((ids[-1] == IMAGE).long())
+    patches = sum(h * w for _, h, w in grids)
+    return {"ids": ids, "types": types, "pixel_values": torch.randn(patches, 3 * 2 * 8 * 8, generator=g),
+            "grid_thw": torch.tensor(grids), "sam_pixels": torch.randn(len(grids), 3, 128, 128, generator=g)}
+
+
+def random_completions(B=2, G=3, longest=9, seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return [[torch.randint(3, 250, (int(torch.randint(1, longest + 1, (1,), generator=g)),), generator=g) for _ in range(G)]
+            for _ in range(B)]
+
+
+@pytest.fixture
+def lens():
+    from model import Lens
+    args = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all")
+    forbidden = torch.arange(VOCABULARY) >= 250
+    return Lens(random_mllm(), random_sam(), args, forbidden, END)
