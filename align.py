@@ -158,21 +158,20 @@ class Metrics:
             tqdm.write(text)
 
 
-def apply_update(lens, optimizer, factor, max_grad_norm):
-    """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before clipping (tensor)."""
+def apply_update(lens, optimizer, factor, args, loss, step):
+    """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before clipping.
+
+    NaN or infinity must not reach the weights: then it stops here, and the last checkpoint stays the last good one."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    norm = torch.nn.utils.clip_grad_norm_([p for p in lens.parameters() if p.requires_grad], max_grad_norm).full_tensor()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in lens.parameters() if p.requires_grad], args.max_grad_norm)
+    norm = norm.full_tensor().item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise LensError(f"step {step + 1}: the loss is {loss}, the gradient norm {norm}; stopped before the update. "
+                        f"{args.output}/checkpoints holds the last good state: start anew with a lower --lr, or --resume.")
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def stop_if_not_finite(loss, step, folder):
-    """NaN or infinity must not reach the weights: the last checkpoint stays the last good one."""
-    if not math.isfinite(loss):
-        raise LensError(f"step {step}: the loss is {loss}; stopped before the update. {folder}/checkpoints holds the last good "
-                        f"state; lower --lr and go on with --resume.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -239,14 +238,14 @@ def main():
     rank, world, device, mesh = start_processes()
     records = read_records(shared.data, shared.datasets, "train")[:shared.limit or None]
     total = plan_steps(args, world, len(records))
-    frozen = torch.bfloat16 if shared.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     folder = open_output(args, (shared, args), rank)
-    lens, processor = build_lens(shared, args.init, dtype=frozen)        # frozen weights need no fp32 masters
-    set_trainable(lens, "align")
+    lens, processor = build_lens(shared, args.init, dtype)        # frozen weights need no fp32 masters
+    frozen = set_trainable(lens, "align")
     lens.to(device).train()
     if args.gradient_checkpointing:
         lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(lens, mesh, shared.precision, replicated=[p for p in lens.parameters() if not p.requires_grad])
+    shard(lens, mesh, shared.precision, replicated=frozen)
     optimizer = torch.optim.AdamW([{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
                                   lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
@@ -268,10 +267,9 @@ def main():
             sums = sums + align_step(lens, select(batch, part), [answers[j] for j in part], world, args)
         dist.all_reduce(sums)
         loss, iou = (sums / args.batch).tolist()
-        stop_if_not_finite(loss, step, folder)
         factor = learning_rate(step, total, args.warmup, "cosine")
-        norm = apply_update(lens, optimizer, factor, args.max_grad_norm)
-        row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm.item(), "lr": args.lr * factor,
+        norm = apply_update(lens, optimizer, factor, args, loss, step)
+        row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm, "lr": args.lr * factor,
                "seconds": round(time.time() - began, 3)}
         began = time.time()
         metrics.write(row, ("loss", "mask_iou"))

@@ -38,9 +38,11 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 
 
-
 class LensError(Exception):
     """What a user can mend: the message names the file or flag and the way out, and is printed without a traceback."""
+
+    def __init__(self, message):                                  # a loader's process puts its traceback before it
+        super().__init__(message.rpartition("LensError: ")[2].strip())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -145,16 +147,16 @@ def read_refcoco(root, dataset, split):
     for ref in read_refs(refs_file):
         if ref["split"] != split:
             continue
-        where = f"{refs_file}, ref_id {ref['ref_id']}"
+        where = f"{refs_file}, ref_id {ref['ref_id']}, ann_id {ref['ann_id']}"
         image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
         if image is None or annotation is None:
-            raise LensError(f"{where}: image_id {ref['image_id']} or ann_id {ref['ann_id']} is not in {instances_file}")
+            raise LensError(f"{where}: it or image_id {ref['image_id']} is not in {instances_file}. Download both again.")
         name = f"COCO_train2014_{ref['image_id']:012d}.jpg"      # ref["file_name"] names the crop, not the picture
         if name not in present:
             raise LensError(f"{where}: its picture {pictures / name} is missing. Download COCO's train2014 pictures.")
         height, width, (x, y, w, h) = image["height"], image["width"], annotation["bbox"]
         if not annotation["segmentation"] or w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            raise LensError(f"{where}: ann_id {annotation['id']} has an empty segmentation or a box outside the picture")
+            raise LensError(f"{where}: no segmentation or a box outside the picture. Download {instances_file} again.")
         records.append({"id": f"{dataset}/{ref['ref_id']}", "image": str(pictures / name), "size": (height, width),
                         "texts": [s["sent"] for s in ref["sentences"]], "box": (x, y, x + w, y + h),
                         "segmentation": annotation["segmentation"]})
@@ -176,7 +178,7 @@ def load_picture(path):
     try:
         return Image.open(path).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise LensError(f"{path}: missing or not a readable picture ({error})") from None
+        raise LensError(f"{path}: missing or not a readable picture ({error}). Download or copy it again.") from None
 
 
 def decode_mask(segmentation, size):
@@ -196,10 +198,10 @@ def load_item(record, text_index):
     """
     image = load_picture(record["image"])
     if image.size != record["size"][::-1]:
-        raise LensError(f"{record['image']}: {image.size} pixels, but its annotation says {record['size'][::-1]}")
+        raise LensError(f"{record['image']}: {image.size} pixels, annotated as {record['size'][::-1]}. Take the original.")
     mask = decode_mask(record["segmentation"], record["size"])
     if not mask.any():
-        raise LensError(f"{record['id']} ({record['image']}): the segmentation covers no pixel")
+        raise LensError(f"{record['id']} ({record['image']}): the segmentation covers no pixel. Download it again.")
     return {"id": f"{record['id']}/{text_index}", "text": record["texts"][text_index], "image": image, "mask": mask,
             "box": record["box"]}
 
@@ -448,6 +450,8 @@ def write_shapes_world(root, seed=7, splits=SHAPES_SPLITS):
         building.rename(root / "refer_seg")
     except OSError:                                               # another process was first
         shutil.rmtree(building)
+        if not (root / "refer_seg/shapes").exists():
+            raise LensError(f"{root / 'refer_seg'} holds other data: give the shapes world a folder of its own") from None
 
 
 if __name__ == "__main__":

@@ -367,7 +367,8 @@ def pick_tokens(logits, uniforms=None):
     cdf = logits.softmax(-1).double().cumsum(-1)
     total = cdf[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[:, 0]     # the first token whose interval holds u; never one of width 0
+    found = torch.searchsorted(cdf, target, right=True)[:, 0]     # the first interval that holds u; never one of width 0
+    return found.clamp(max=logits.shape[-1] - 1)                   # NaN finds none: training stops at its loss, not here
 
 
 def draw_uniforms(seed, step, prompts, G, T):
@@ -557,11 +558,21 @@ def start_processes():
     return dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
 
 
+# Parts of SAM's head that one mask from given prompt embeddings never runs a gradient through
+NEVER_TRAINED = ("point_embed", "not_a_point", "mask_downscaling", "iou_prediction_head", "pred_obj_score_head",
+                 "hypernetworks_mlps.1", "hypernetworks_mlps.2", "hypernetworks_mlps.3")
+
+
 def set_trainable(lens, stage):
-    """Stage 1 trains the context queries and the connector; stage 2 everything but SAM's image encoder (Fig. 2)."""
+    """Stage 1 trains the context queries and the connector; stage 2 everything but SAM's image encoder (Fig. 2).
+    -> the frozen parameters, which `shard` keeps whole on every rank."""
     lens.requires_grad_(stage == "rl")
     lens.image_encoder.requires_grad_(False)
     context_module(lens).requires_grad_(True)
+    for name, parameter in lens.sam.named_parameters():
+        if any(part in name for part in NEVER_TRAINED):
+            parameter.requires_grad_(False)
+    return [p for p in lens.parameters() if not p.requires_grad]
 
 
 def shard(module, mesh, precision, replicated=()):
@@ -570,12 +581,13 @@ def shard(module, mesh, precision, replicated=()):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "ignored_params": set(replicated)}
+    trained = lambda unit: not set(unit.parameters()) <= options["ignored_params"]
     units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
     units += [*module.connector.blocks] if isinstance(module, Lens) else []
     for unit in units:
-        if not set(unit.parameters()) <= options["ignored_params"]:
+        if trained(unit):
             fully_shard(unit, mp_policy=policy, **options)
-    if isinstance(module, Lens) and not set(module.sam.parameters()) <= options["ignored_params"]:
+    if isinstance(module, Lens) and trained(module.sam):
         fully_shard(module.sam, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32), **options)
     return fully_shard(module, mp_policy=policy, **options)
 
@@ -597,6 +609,9 @@ def refresh(twin, mllm):
         target.copy_(parameter.to(target.dtype).full_tensor())
 
 
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)      # not strict: the frozen ones are not in the state
+
+
 def save_checkpoint(folder, step, lens, optimizer):
     """For resuming: FOLDER/checkpoints/step_N holds what is trained, the optimizer and the step. All else (data order,
     samples, learning rate) is a function of the seed and the step. Written under another name and renamed; then the
@@ -604,10 +619,11 @@ def save_checkpoint(folder, step, lens, optimizer):
     target = Path(folder) / "checkpoints" / f"step_{step:06d}"
     building = target.with_name(f"building_{step:06d}")
     if dist.get_rank() == 0:
-        shutil.rmtree(building, ignore_errors=True)
+        for leftover in target.parent.glob("building_*"):                # of a run that was killed while saving
+            shutil.rmtree(leftover)
         target.parent.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    weights, state = get_state_dict(lens, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     dcp.save({"weights": weights, "optimizer": state, "step": torch.tensor(step)}, checkpoint_id=str(building))
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
@@ -622,7 +638,7 @@ def load_checkpoint(folder, lens, optimizer):
     found = sorted((Path(folder) / "checkpoints").glob("step_*"))
     if not found:
         return 0
-    weights, state = get_state_dict(lens, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
     try:
         dcp.load(saved, checkpoint_id=str(found[-1]))
@@ -630,5 +646,5 @@ def load_checkpoint(folder, lens, optimizer):
         raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use "
                          f"another --output, or the settings in settings.json beside it ({str(error).splitlines()[0]})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(ignore_frozen_params=True))
+                   options=TRAINED)
     return int(saved["step"])

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from align import (Metrics, TrainArgs, apply_update, learning_rate, open_output, plan_steps, segmentation_loss,
-                   stop_if_not_finite)
+from align import (Metrics, TrainArgs, apply_update, learning_rate, open_output, plan_steps, segmentation_loss)
 from data import Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device, training_batches
 from grpo import group_advantages, grpo_loss
 from model import (TINY, Reference, SharedArgs, build_lens, copy_mllm, draw_uniforms, export, flag, full_size_masks, generate,
@@ -150,16 +149,15 @@ def make_parts(lens, batch, positions, completions, texts, finished, args):
     return parts
 
 
-def train_on(lens, reference, optimizer, parts, factor, args, world, step, folder):
+def train_on(lens, reference, optimizer, parts, factor, args, world, step):
     """All updates on one batch of samples. -> {name: mean over the batch and the updates} and the gradient norm."""
     means = 0
     for _ in range(args.updates_per_batch):
         sums = sum(policy_pass(lens, reference, part, args, world) for part in parts)
         dist.all_reduce(sums)
-        stop_if_not_finite((sums[0] / args.batch).item(), step, folder)
-        norm = apply_update(lens, optimizer, factor, args.max_grad_norm)
+        norm = apply_update(lens, optimizer, factor, args, (sums[0] / args.batch).item(), step)
         means = means + sums / args.batch / args.updates_per_batch
-    return dict(zip(SUMS, means.tolist())), norm.item()
+    return dict(zip(SUMS, means.tolist())), norm
 
 
 def parameter_groups(lens, args):
@@ -176,13 +174,13 @@ def main():
     total = plan_steps(args, world, len(records))
     folder = open_output(args, (shared, args), rank)
     lens, processor = build_lens(shared, None if args.init == "none" else args.init)
-    set_trainable(lens, "rl")
+    frozen = set_trainable(lens, "rl")
     lens.to(device).train()
     sampler = copy_mllm(lens.mllm, shared.precision)
     reference = Reference(copy_mllm(lens.mllm, shared.precision), lens.forbidden) if args.beta else None
     if args.gradient_checkpointing:
         lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(lens, mesh, shared.precision, replicated=lens.image_encoder.parameters())
+    shard(lens, mesh, shared.precision, replicated=frozen)
     if reference:
         shard(reference, mesh, shared.precision)
     optimizer = torch.optim.AdamW(parameter_groups(lens, args), lr=args.lr, betas=(0.9, args.adam_beta2),
@@ -205,7 +203,7 @@ def main():
         sampled = time.time()
         parts = make_parts(lens, batch, positions, completions, texts, finished, args)
         factor = learning_rate(step, total, args.warmup, "linear")
-        means, norm = train_on(lens, reference, optimizer, parts, factor, args, world, step, folder)
+        means, norm = train_on(lens, reference, optimizer, parts, factor, args, world, step)
         refresh(sampler, lens.mllm)
         now = time.time()
         metrics.write({"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor, "seconds": round(now - began, 3),

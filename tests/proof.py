@@ -1,0 +1,138 @@
+"""The proof on the laptop: does stage 2 do what it claims? Three seeds, two controls, 1,000 held-out expressions.
+
+    python tests/proof.py                      # about 40 minutes on two cores; goes on where it stopped
+    python tests/proof.py --seeds 1            # one seed
+
+On the one committed stand-in, for each seed:
+    (a) base      the stand-ins as they come, SAM prompted by the predicted box (the Seg-Zero way)
+    (b) stage 1   align.py
+    (c) stage 2   train_rl.py from (b)
+    (d) control   stage 1 continued for as many picture passes as stage 2 had
+    (e) control   stage 2 with all lambdas 0: the segmentation loss (and the KL) alone
+and, for the first seed, stages 1 and 2 with the true box as stage 1's context, to choose the default of --context.
+
+Each is evaluated greedily and sampled on the same 1,000 rows of val. Writes docs/proof.json (every mean, and paired
+bootstraps over expressions of (c) minus the others) and docs/proof.md (the table). A gain is RL's only where (c) beats
+(b), (d) and (e).
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs/proof"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}                       # two runs side by side on two cores
+NO_REWARD = ("--lambda-format", "0", "--lambda-box", "0", "--lambda-mask", "0")
+NAMES = {"base": "(a) stand-ins, SAM prompted by the predicted box", "align": "(b) after stage 1", "rl": "(c) after stage 2",
+         "longer": "(d) stage 1 continued", "no_reward": "(e) stage 2, all lambdas 0", "align_true": "(b) with --context true",
+         "rl_true": "(c) from (b) with --context true"}
+
+
+def call(script, *flags):
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with open(RUNS / "log.txt", "a") as log:
+        print(">", script, *flags, file=log, flush=True)
+        subprocess.run([sys.executable, script, "--preset", "tiny", *map(str, flags)], cwd=ROOT, env=ENVIRONMENT, check=True,
+                       stdout=log, stderr=log)
+
+
+def train(script, name, seed, *flags):
+    """One run, skipped where it is finished, resumed where it was interrupted."""
+    folder = RUNS / f"{name}-{seed}"
+    if not (folder / "lens.json").exists():
+        resume = ("--resume",) if (folder / "metrics.jsonl").exists() else ()
+        call(script, "--seed", seed, "--output", folder, *flags, *resume)
+
+
+def evaluate(name, seed, mode, limit):
+    out = RUNS / f"{name}-{seed}.{mode}.jsonl"
+    if not out.exists():
+        source = ("--prompt-with", "box") if name == "base" else ("--checkpoint", RUNS / f"{name}-{seed}")
+        call("evaluate.py", "--limit", limit, "--predictions", out, *source, *(("--sample",) if mode == "sampled" else ()))
+
+
+def outcomes(name, seed, mode):
+    """Per row: unified reward at lambdas 1, box IoU, mask IoU, format; and the counts for cIoU."""
+    rows = [json.loads(line) for line in (RUNS / f"{name}-{seed}.{mode}.jsonl").read_text().splitlines()]
+    I, U = (np.array([row[k] for row in rows], float) for k in ("intersection", "union"))
+    box, form, mask = np.array([r["box_iou"] for r in rows]), np.array([r["format"] for r in rows]), np.where(U > 0, I / (U + 1e-5), 1)
+    return {"reward": form + box + mask, "format": form, "box_iou": box, "giou": mask, "I": I, "U": U}
+
+
+def bootstrap(gain, draws=10_000):
+    """Mean gain with its 95 % interval over expressions drawn anew."""
+    picks = np.random.default_rng(0).integers(len(gain), size=(draws, len(gain)))
+    low, high = np.percentile(gain[picks].mean(1), [2.5, 97.5])
+    return [round(float(v), 4) for v in (gain.mean(), low, high)]
+
+
+def summarize(variants, limit):
+    result = {"command": "python tests/proof.py", "rows": limit, "means": {}, "gains": {}}
+    found = {(n, s, m): outcomes(n, s, m) for n, s in variants for m in ("greedy", "sampled")}
+    for (name, seed, mode), o in found.items():
+        means = {k: round(float(o[k].mean()), 4) for k in ("reward", "format", "box_iou", "giou")}
+        result["means"][f"{name}-{seed} {mode}"] = {**means, "ciou": round(float(o["I"].sum() / o["U"].sum()), 4)}
+    for seed in sorted({s for n, s in variants if n == "rl"}):
+        for other in ("align", "longer", "no_reward"):
+            for mode, key in (("sampled", "reward"), ("greedy", "box_iou"), ("greedy", "giou")):
+                gain = found["rl", seed, mode][key] - found[other, seed, mode][key]
+                result["gains"][f"seed {seed}: rl - {other}, {mode} {key}"] = bootstrap(gain)
+    return result
+
+
+def table(result):
+    """Markdown: means over seeds (with the range) per variant, then the gains per seed."""
+    lines = ["| | mode | reward | format | box IoU | gIoU | cIoU |", "|---|---|---|---|---|---|---|"]
+    for name, title in NAMES.items():
+        for mode in ("greedy", "sampled"):
+            rows = [m for k, m in result["means"].items() if k.split(" ")[1] == mode and k.rsplit("-", 1)[0] == name]
+            if rows:
+                cells = []
+                for key in ("reward", "format", "box_iou", "giou", "ciou"):
+                    values = [row[key] for row in rows]
+                    spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+                    cells.append(f"{np.mean(values):.3f}{spread}")
+                lines.append(f"| {title} | {mode} | " + " | ".join(cells) + " |")
+    lines += ["", "| paired gain of (c), 95 % interval | " + " | ".join(
+        ["sampled reward", "greedy box IoU", "greedy mask IoU"]) + " |", "|---|---|---|---|"]
+    for start in sorted({k.split(",")[0] for k in result["gains"]}):
+        cells = [result["gains"][f"{start}, {what}"] for what in ("sampled reward", "greedy box_iou", "greedy giou")]
+        lines.append(f"| {start} | " + " | ".join(f"{g:+.3f} ({low:+.3f}, {high:+.3f})" for g, low, high in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--limit", type=int, default=1000, help="rows of val")
+    args = parser.parse_args()
+    first, pool = args.seeds[0], ThreadPoolExecutor(2)
+    def wait(jobs):
+        for job in [pool.submit(*job) for job in jobs]:
+            job.result()
+    at = lambda name, seed: RUNS / f"{name}-{seed}"
+    wait([(evaluate, "base", 0, mode, args.limit) for mode in ("greedy", "sampled")])
+    wait([(train, "align.py", "align", s) for s in args.seeds] + [(train, "align.py", "align_true", first, "--context", "true")])
+    # stage 2: 250 steps of 16 pictures; stage 1 passes 32 pictures a step
+    wait([job for s in args.seeds for job in (
+        (train, "train_rl.py", "rl", s, "--init", at("align", s)),
+        (train, "train_rl.py", "no_reward", s, "--init", at("align", s), *NO_REWARD),
+        (train, "align.py", "longer", s, "--init", at("align", s), "--steps", 250 * 16 // 32))]
+        + [(train, "train_rl.py", "rl_true", first, "--init", at("align_true", first))])
+    variants = [(n, s) for s in args.seeds for n in ("align", "rl", "longer", "no_reward")]
+    variants += [("base", 0), ("align_true", first), ("rl_true", first)]
+    wait([(evaluate, n, s, mode, args.limit) for n, s in variants for mode in ("greedy", "sampled")])
+    result = summarize(variants, args.limit)
+    (ROOT / "docs/proof.json").write_text(json.dumps(result, indent=1))
+    (ROOT / "docs/proof.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

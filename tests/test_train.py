@@ -1,0 +1,250 @@
+"""Training: the same numbers on one process and two, resume after a kill, bad input, both scripts from the command line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+from align import learning_rate, plan_steps, segmentation_loss
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command, check=True):
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def script(name, *flags, processes=1, check=True):
+    start = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    return run(*start, name, "--preset", "tiny", *flags, check=check)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(folder):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(folder)]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small shapes world for the command-line tests."""
+    root = tmp_path_factory.mktemp("data")
+    data.write_shapes_world(root, splits={"train": 48, "val": 12, "testA": 4, "testB": 4})
+    return root
+
+
+@pytest.fixture(scope="session")
+def aligned(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "align"
+    script("align.py", "--data", world, "--output", folder, "--steps", 2, "--batch", 8, "--micro-batch", 4)
+    return folder
+
+
+# One process and two
+
+
+def worker(what, processes, folder):
+    out = folder / f"{what}{processes}.pt"
+    run(*TORCHRUN, f"--nproc_per_node={processes}", "tests/worker.py", what, out)
+    return torch.load(out, weights_only=True)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Loss parts and every gradient of the same four groups with the same completions, in fp32, within 1e-5."""
+    one, two = (worker("gradients", n, tmp_path) for n in (1, 2))
+    assert torch.allclose(one["sums"], two["sums"], atol=1e-5, rtol=1e-5)
+    assert set(one["grads"]) == set(two["grads"]) and len(one["grads"]) > 100
+    for name, expected in one["grads"].items():
+        scale = expected.abs().max().clamp(min=1.0)
+        assert (two["grads"][name] - expected).abs().max() / scale < 1e-5, name
+
+
+def test_gradients_do_not_depend_on_the_number_of_passes(tmp_path, monkeypatch):
+    """One pass of four groups gives what four passes of one give."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import worker as w
+    import torch.distributed as dist
+    _, _, _, mesh = w.start_processes()
+    try:
+        found = []
+        for size in (1, 4):
+            lens, _, reference = w.build("fp32", mesh)
+            args = w.SimpleNamespace(batch=4, micro_batch=size, group_size=3, temperature=0.8, clip_eps=0.2, beta=0.5, alpha=1.5,
+                                     iou_power=1.0, lambda_format=1.0, lambda_box=1.0, lambda_mask=1.0, focal=False)
+            sums = w.one_pass(lens, reference, 0, 1, args)
+            found.append((sums, {n: p.grad.full_tensor() for n, p in lens.named_parameters() if p.grad is not None}))
+        assert torch.allclose(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+        for name, expected in found[0][1].items():
+            assert (found[1][1][name] - expected).abs().max() / expected.abs().max().clamp(min=1.0) < 1e-5, name
+    finally:
+        dist.destroy_process_group()
+
+
+def test_bf16_sampling_copy_is_refreshed_on_every_rank(tmp_path):
+    assert worker("refresh", 2, tmp_path)["equal"] == [True, True]
+    assert worker("stale", 2, tmp_path)["equal"] == [True, False]         # what the assertion would see, were it skipped
+
+
+# Interrupt and resume
+
+
+def kill_after(lines, folder, *command):
+    """Start a run and kill -9 it as soon as metrics.jsonl has so many lines."""
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 200
+    while time.time() < until and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= lines:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return len(rows(folder))
+
+
+@pytest.mark.parametrize("name, extra", [("train_rl.py", ("--group-size", 4, "--updates-per-batch", 2)), ("align.py", ())])
+def test_killed_and_resumed_equals_uninterrupted(name, extra, world, aligned, tmp_path):
+    """Ten steps; ten steps killed after the sixth or later and resumed from the checkpoint of the fifth: every number of
+    metrics.jsonl but the time, to the last bit."""
+    flags = ["--data", world, "--steps", 10, "--batch", 4, "--micro-batch", 2, "--save-every", 5, *extra]
+    flags += ["--init", aligned] if name == "train_rl.py" else []
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    script(name, *flags, "--output", whole)
+    killed = kill_after(6, broken, sys.executable, name, "--preset", "tiny", *flags, "--output", broken)
+    assert 6 <= killed < 10
+    assert [p.name for p in (broken / "checkpoints").glob("step_*")] == ["step_000005"]
+    script(name, *flags, "--output", broken, "--resume")
+    assert len(rows(whole)) == 10 and without_time(whole) == without_time(broken)
+    for file in ("context.safetensors", "sam.safetensors"):
+        assert (whole / file).read_bytes() == (broken / file).read_bytes()
+    for needed in ("loss", "lr", "grad_norm", "seconds"):
+        assert needed in rows(whole)[0]
+
+
+def test_resume_on_another_number_of_processes(world, aligned, tmp_path):
+    """Two processes save, one goes on; the first steps' numbers are those of one process throughout (fp32 rounding)."""
+    flags = ["--data", world, "--init", aligned, "--steps", 4, "--batch", 4, "--micro-batch", 2, "--save-every", 2, "--group-size", 4]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    script("train_rl.py", *flags, "--output", alone)
+    script("train_rl.py", *flags, "--output", both, processes=2)
+    first, second = rows(alone), rows(both)
+    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(first, second))
+    assert all(abs(a["reward"] - b["reward"]) < 1e-4 for a, b in zip(first, second))
+    (both / "checkpoints/step_000004").rename(both / "checkpoints/gone")
+    script("train_rl.py", *flags, "--output", both, "--resume")
+    assert len(rows(both)) == 4 and abs(rows(both)[3]["loss"] - first[3]["loss"]) < 1e-4
+    needed = ("step loss reward reward_format reward_box reward_mask kl entropy completion_length grad_norm lr seconds").split()
+    assert all(set(needed) <= set(row) for row in rows(both))
+    for name in ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json", "context.safetensors", "sam.safetensors"):
+        assert (both / name).exists()
+
+
+# Pieces
+
+
+def test_segmentation_loss_by_hand():
+    """Two pixels, logits 0 and ln 3, truth 1 and 0: p = 1/2, 3/4.
+    BCE: -ln(1/2) = 0.6931, -ln(1/4) = 1.3863, mean 1.0397. Dice: 1 - (2 * 1/2 + 1) / (5/4 + 1 + 1) = 1 - 2 / 3.25."""
+    logits, truth = torch.tensor([[[0.0, 1.0986123]]]), torch.tensor([[[1.0, 0.0]]])
+    assert segmentation_loss(logits, truth).item() == pytest.approx(1.0397208 + 1 - 2 / 3.25, abs=1e-6)
+    # Focal: (1/2)^2 * 0.25 * 0.6931 = 0.04332; (3/4)^2 * 0.75 * 1.3863 = 0.58484; mean 0.31408
+    assert segmentation_loss(logits, truth, focal=True).item() == pytest.approx(0.31408 + 1 - 2 / 3.25, abs=1e-5)
+
+
+def test_learning_rate_by_hand():
+    assert [learning_rate(s, 12, 2, "linear") for s in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert [round(learning_rate(s, 8, 0, "cosine"), 6) for s in (0, 2, 4, 8)] == [1.0, round(0.5 + 0.5 ** 0.5 / 2, 6), 0.5, 0.0]
+
+
+class Plan:
+    def __init__(self, **values):
+        self.__dict__.update({"batch": 64, "micro_batch": 1, "epochs": 16, "steps": 0, **values})
+
+
+def test_plan_steps():
+    assert plan_steps(Plan(), 16, 126_908) == 31_727                     # 16 * 126,908 / 64
+    assert plan_steps(Plan(steps=3), 16, 126_908) == 3
+    with pytest.raises(data.LensError, match="--batch 64 .* 3 processes .*63, 66.*"):
+        plan_steps(Plan(), 3, 1000)
+    with pytest.raises(data.LensError, match="--micro-batch 3"):
+        plan_steps(Plan(micro_batch=3), 2, 1000)
+
+
+# Bad input: one line that says what to do
+
+
+def refused(done, *parts):
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    message = done.stderr.strip().splitlines()[-1]
+    assert all(part in done.stderr for part in parts), message
+    return message
+
+
+@pytest.mark.parametrize("name, flags, parts", [
+    ("train_rl.py", ("--learning-rat", 1), ("--learning-rat",)),
+    ("train_rl.py", ("--group-size", 1), ("--group-size", "at least 2")),
+    ("train_rl.py", ("--temperature", 0), ("--temperature",)),
+    ("train_rl.py", ("--beta", -1), ("--beta", "negative")),
+    ("train_rl.py", ("--batch", 0), ("--batch must be at least 1",)),
+    ("align.py", ("--batch", 3, "--micro-batch", 2), ("--batch 3", "multiple of 2")),
+    ("align.py", ("--connector", "cnn"), ("--connector", "vit")),
+    ("align.py", ("--steps", "many"), ("--steps", "many")),
+    ("align.py", ("--mllm", "nowhere"), ("nowhere", "Download it", "--preset tiny")),
+    ("align.py", ("--sam", "sam2_hiera_large.pt"), ("sam2_hiera_large.pt is missing", "Download it", "--preset tiny")),
+    ("align.py", ("--sam", "sam9.pt"), ("sam9.pt", "sam2_hiera_large.pt")),
+    ("align.py", ("--connector-heads", 7), ("--connector-heads 7", "hidden size")),
+    ("align.py", ("--max-prompt", 50), ("tokens, the limit is 50", "--max-prompt", "--max-pixels")),
+    ("train_rl.py", ("--init", "nowhere"), ("nowhere", "lens.json is missing", "align.py")),
+    ("evaluate.py", (), ("--checkpoint is missing",)),
+    ("evaluate.py", ("--prompt-with", "box", "--splits", "test"), ("no object of split 'test'",)),
+    ("evaluate.py", ("--prompt-with", "box", "--image", "none.png", "--text", "x"), ("none.png",)),
+    ("evaluate.py", ("--curves", "nowhere"), ("nowhere",)),
+])
+def test_bad_input_is_one_clear_error(name, flags, parts, world, tmp_path):
+    output = () if name == "evaluate.py" else ("--output", tmp_path / "run", "--steps", 1)
+    refused(script(name, "--data", world, *flags, *output, check=False), *parts)
+
+
+@pytest.mark.parametrize("name", ["align.py", "train_rl.py"])
+def test_without_preset_and_data_it_says_what_to_download(name, tmp_path):
+    refused(run(sys.executable, name, "--output", tmp_path / "run", check=False), "datasets/refer_seg/refcoco", "Download", "--preset tiny")
+
+
+def test_a_run_is_never_overwritten(world, aligned):
+    refused(script("align.py", "--data", world, "--output", aligned, check=False), str(aligned), "--resume", "--output")
+
+
+def test_checkpoint_of_another_architecture(world, aligned, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("context.safetensors", "sam.safetensors"):
+        (other / file).write_bytes((aligned / file).read_bytes())
+    (other / "lens.json").write_text((aligned / "lens.json").read_text().replace('"num_queries": 8', '"num_queries": 4'))
+    refused(script("train_rl.py", "--data", world, "--init", other, "--output", tmp_path / "run", check=False), "context.safetensors",
+            "architecture")
+
+
+def test_nan_stops_before_the_update_and_keeps_the_checkpoint(world, aligned, tmp_path):
+    out = tmp_path / "run"
+    done = script("train_rl.py", "--data", world, "--init", aligned, "--output", out, "--steps", 4, "--batch", 2, "--micro-batch", 2,
+                  "--group-size", 2, "--save-every", 1, "--lr", 1e30, check=False)
+    refused(done, "the loss is nan", "checkpoints", "--resume")
+    assert [p.name for p in (out / "checkpoints").iterdir()] and not (out / "lens.json").exists()
+
+
+def test_help_explains_every_field():
+    for name in ("align.py", "train_rl.py", "evaluate.py"):
+        text = run(sys.executable, name, "--help").stdout
+        assert all(flag in text for flag in ("--preset", "--num-queries", "--seed"))
+        options = [line for line in text.splitlines() if line.startswith("  --")]
+        assert len(options) > 20 and "None" not in text.replace("default: None", "")
