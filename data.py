@@ -274,13 +274,13 @@ class Collator:
             if len(row) > self.max_prompt:        # never cut: half a picture is not a prompt
                 raise LensError(f"{item['id']}: its prompt has {len(row)} tokens, the limit is {self.max_prompt}. Raise "
                                  f"--max-prompt, or lower --max-pixels so that a picture takes fewer tokens.")
-        grids = torch.as_tensor(np.array(encoded["image_grid_thw"]))
+        grids = torch.as_tensor(encoded["image_grid_thw"])
         patch = self.processor.image_processor.patch_size
         low = self.sam_size // 4
         masks = [torch.from_numpy(item["mask"]) for item in items]
         return {
             "ids": ids, "types": [torch.as_tensor(row) for row in encoded["mm_token_type_ids"]],
-            "pixel_values": torch.as_tensor(np.array(encoded["pixel_values"])), "grid_thw": grids,
+            "pixel_values": torch.as_tensor(encoded["pixel_values"]), "grid_thw": grids,
             "sam_pixels": torch.stack([sam_picture(item["image"], self.sam_size) for item in items]),
             "low_masks": torch.stack([F.adaptive_avg_pool2d(m[None].float(), (low, low))[0] for m in masks]),
             "masks": masks, "boxes": [item["box"] for item in items],

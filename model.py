@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -642,9 +643,9 @@ def load_checkpoint(folder, lens, optimizer):
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
     try:
         dcp.load(saved, checkpoint_id=str(found[-1]))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:                    # the latter is no Exception
         raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use "
-                         f"another --output, or the settings in settings.json beside it ({str(error).splitlines()[0]})") from None
+                         f"another --output, or the settings in settings.json beside it ({str(error).strip().splitlines()[-1]})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
                    options=TRAINED)
     return int(saved["step"])

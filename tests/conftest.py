@@ -1,6 +1,8 @@
 """Shared by the tests: the repository's root on the path, one thread (exact sums), small real models with random
 weights, and batches without any file."""
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ from omegaconf import OmegaConf
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 torch.set_num_threads(1)
+
+import data
 
 IMAGE, END, VOCABULARY = 255, 2, 256
 
@@ -65,3 +69,39 @@ def lens():
     args = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all")
     forbidden = torch.arange(VOCABULARY) >= 250
     return Lens(random_mllm(), random_sam(), args, forbidden, END)
+
+
+# The scripts from the command line
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command, check=True):
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def script(name, *flags, processes=1, check=True):
+    start = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    return run(*start, name, "--preset", "tiny", *flags, check=check)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small shapes world for the command-line tests."""
+    root = tmp_path_factory.mktemp("data")
+    data.write_shapes_world(root, splits={"train": 48, "val": 12, "testA": 4, "testB": 4})
+    return root
+
+
+@pytest.fixture(scope="session")
+def aligned(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "align"
+    script("align.py", "--data", world, "--output", folder, "--steps", 2, "--batch", 8, "--micro-batch", 4)
+    return folder

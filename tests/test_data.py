@@ -58,7 +58,9 @@ class Call:
 @pytest.mark.parametrize("weapon", ["os.system", "builtins.eval"])
 def test_a_pickle_that_calls_something_is_refused_and_not_run(weapon, protocol, tmp_path):
     path, marker = tmp_path / "refs(unc).p", tmp_path / "marker"
-    call = Call(os.system, f"touch '{marker}'") if weapon == "os.system" else Call(builtins.eval, f"open({str(marker)!r}, 'w')")
+    call = Call(builtins.eval, f"open({str(marker)!r}, 'w')")
+    if weapon == "os.system":
+        call = Call(os.system, f"touch '{marker}'")
     path.write_bytes(pickle.dumps([{"ref_id": 1, "sentences": [call]}], protocol))
     refuses(lambda: read_refs(path), path, weapon.split(".")[1], "Download it again")   # os.system is posix.system
     assert not marker.exists()
@@ -140,7 +142,8 @@ class Refer:
         self.save()
 
     def ref(self, ref_id, ann_id, image_id, split, *texts):
-        sentences = [{"sent": text, "raw": text.upper(), "sent_id": i, "tokens": text.split()} for i, text in enumerate(texts)]
+        sentences = [{"sent": text, "raw": text.upper(), "sent_id": i, "tokens": text.split()}
+                     for i, text in enumerate(texts)]
         return {"ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "split": split, "sentences": sentences,
                 "category_id": 1, "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg"}    # as REFER: no such file
 
@@ -346,10 +349,9 @@ def test_the_expression_is_drawn_anew_in_each_epoch_from_the_objects_own(records
     for n in range(9):
         shares = [drawn[f"refcoco/{n}/{i}"] for i in range(1 + n % 3)]
         assert sum(shares) == 300 and min(shares) > 0.75 * 300 / len(shares)    # 100 +- 25 is three deviations
-    # objects draw for themselves: in some epoch 2, 5 and 8, of three expressions each, do not agree
-    epoch = {ref_id(key): key[-1] for key in keys(stream[k] for k in range(9))}
-    other = {ref_id(key): key[-1] for key in keys(stream[k] for k in range(9, 18))}
-    assert len({(e[2], e[5], e[8]) for e in (epoch, other)}) == 2 or len({epoch[2], epoch[5], epoch[8]}) > 1
+    # and for each object by itself: 2, 5 and 8, of three expressions each, agree in a ninth of the epochs, 33 +- 5.4
+    epochs = [{ref_id(key): key[-1] for key in keys(stream[9 * e + k] for k in range(9))} for e in range(300)]
+    assert 15 < sum(e[2] == e[5] == e[8] for e in epochs) < 55
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -450,7 +452,8 @@ def test_frames_by_hand():
     assert rescale_box(box, (640, 480), (644, 476)) == pytest.approx((64.4, 47.6, 322, 238), rel=1e-14)
     assert rescale_box(box, (640, 480), (1000, 1000)) == pytest.approx((100, 100, 500, 500), rel=1e-14)
     # and back, from what the model would write: 64 x 640 / 644, 48 x 480 / 476
-    assert rescale_box((64, 48, 322, 238), (644, 476), (640, 480)) == pytest.approx((63.602484, 48.403361, 320, 240), rel=1e-7)
+    back = rescale_box((64, 48, 322, 238), (644, 476), (640, 480))
+    assert back == pytest.approx((63.602484, 48.403361, 320, 240), rel=1e-7)
     assert rescale_box((100, 100, 500, 500), (1000, 1000), (640, 480)) == pytest.approx(box, rel=1e-14)
     assert parse_box(answer_text(rescale_box(box, (640, 480), (644, 476)), "car")) == (64, 48, 322, 238)
 
@@ -589,7 +592,8 @@ def called(phrase, things):
     """Those that a noun phrase may mean: "shape", "circle", "red shape", "red circle"."""
     *adjectives, noun = phrase.split()
     assert noun in KINDS + ["shape"] and all(word in HUES for word in adjectives) and len(adjectives) < 2, phrase
-    return [i for i, thing in enumerate(things) if noun in ("shape", thing["shape"]) and adjectives in ([], [thing["color"]])]
+    return [i for i, thing in enumerate(things)
+            if noun in ("shape", thing["shape"]) and adjectives in ([], [thing["color"]])]
 
 
 def meant(text, things, slack=0):
@@ -612,11 +616,12 @@ def sentences(things):
     """All that can be said about a scene in these words, if its group has two members and its anchor one."""
     names = {f"{thing['color']} {thing['shape']}" for thing in things}
     groups = ["shape", *KINDS, *(f"{hue} shape" for hue in HUES), *names]
+    anchors = [name for name in names if len(called(name, things)) == 1]
     yield from (f"the {name}" for name in names)
     for group in groups:
         if len(called(group, things)) > 1:
             yield from (f"the {word} {group}" for word in MOST)
-            yield from (f"the {group} {word} the {name}" for word in BEYOND for name in names if len(called(name, things)) == 1)
+            yield from (f"the {group} {word} the {anchor}" for word in BEYOND for anchor in anchors)
 
 
 def test_every_expression_means_one_thing_and_no_other():
@@ -786,7 +791,8 @@ def test_the_annotations_are_coco_and_refer(world):
         assert (ref["ann_id"], ref["image_id"]) == (annotation["id"], annotation["image_id"])
         assert annotation["area"] == coco.area(annotation["segmentation"])
         assert annotation["bbox"] == coco.toBbox(annotation["segmentation"]).tolist()
-        assert names[ref["category_id"]] == names[annotation["category_id"]] == looks(decode_mask(annotation["segmentation"], 0))
+        shape = looks(decode_mask(annotation["segmentation"], (SIDE, SIDE)))
+        assert names[ref["category_id"]] == names[annotation["category_id"]] == shape
         assert ref["sent_ids"] == [sentence["sent_id"] for sentence in ref["sentences"]]
     ids = [i for ref in refs for i in ref["sent_ids"]]
     assert ids == list(range(len(ids)))

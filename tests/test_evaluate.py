@@ -3,10 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run, script
 from PIL import Image
 from pycocotools import mask as coco_mask
-from test_train import aligned, rows, run, script, world  # noqa: F401  (fixtures)
 
 import evaluate
 
@@ -24,7 +23,7 @@ def test_summary_by_hand():
 
 
 @pytest.fixture(scope="module")
-def evaluated(world, aligned, tmp_path_factory):  # noqa: F811
+def evaluated(world, aligned, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     flags = ["--data", world, "--checkpoint", aligned]
     done = script("evaluate.py", *flags, "--json", folder / "one.json", "--predictions", folder / "one.jsonl", "--eval-batch", 5)
@@ -37,7 +36,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_metrics_equal_an_independent_computation(evaluated, world):  # noqa: F811
+def test_metrics_equal_an_independent_computation(evaluated, world):
     """Masks from the predictions file, truth from the annotation file, IoUs by pycocotools."""
     folder, _ = evaluated
     predictions = lines(folder / "one.jsonl")
@@ -68,14 +67,14 @@ def test_processes_and_batch_sizes_do_not_change_the_numbers(evaluated):
     assert all(abs(a[k] - b[k]) < 1e-3 for k in a)
 
 
-def test_a_limited_run_says_so(evaluated, world, aligned):  # noqa: F811
+def test_a_limited_run_says_so(evaluated, world, aligned):
     folder, printed = evaluated
     assert "subset" not in printed and json.loads((folder / "few.json").read_text())["val"]["n"] == 7
     done = script("evaluate.py", "--data", world, "--checkpoint", aligned, "--limit", 3, "--prompt-with", "box")
     assert "subset, n = 3 of" in done.stdout
 
 
-def test_one_picture(world, aligned, tmp_path):  # noqa: F811
+def test_one_picture(world, aligned, tmp_path):
     """No preset: the run's folder knows its models. The picture is not the models' size."""
     picture = tmp_path / "wide.png"
     Image.open(ROOT / "docs/shapes.png").resize((300, 200)).save(picture)
@@ -94,7 +93,7 @@ def test_overlay_tints_the_mask_and_draws_the_box():
     evaluate.draw_overlay(Image.new("RGB", (64, 64)), mask, (60, 60, 4, 4))             # an inverted box is no reason to stop
 
 
-def test_curves(aligned, tmp_path):  # noqa: F811
+def test_curves(aligned, tmp_path):
     pytest.importorskip("matplotlib")
     run("python", "evaluate.py", "--curves", aligned, "--output", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000

@@ -1,6 +1,4 @@
 """Training: the same numbers on one process and two, resume after a kill, bad input, both scripts from the command line."""
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -8,50 +6,21 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+import torch.distributed as dist
+from conftest import ENVIRONMENT, ROOT, TORCHRUN, rows, run, script
 
+import align
 import data
+import evaluate
+import model
+import train_rl
 from align import learning_rate, plan_steps, segmentation_loss
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(*command, check=True):
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def script(name, *flags, processes=1, check=True):
-    start = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    return run(*start, name, "--preset", "tiny", *flags, check=check)
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+# One process and two
 
 
 def without_time(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(folder)]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A small shapes world for the command-line tests."""
-    root = tmp_path_factory.mktemp("data")
-    data.write_shapes_world(root, splits={"train": 48, "val": 12, "testA": 4, "testB": 4})
-    return root
-
-
-@pytest.fixture(scope="session")
-def aligned(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "align"
-    script("align.py", "--data", world, "--output", folder, "--steps", 2, "--batch", 8, "--micro-batch", 4)
-    return folder
-
-
-# One process and two
 
 
 def worker(what, processes, folder):
@@ -74,7 +43,6 @@ def test_gradients_do_not_depend_on_the_number_of_passes(tmp_path, monkeypatch):
     """One pass of four groups gives what four passes of one give."""
     sys.path.insert(0, str(ROOT / "tests"))
     import worker as w
-    import torch.distributed as dist
     _, _, _, mesh = w.start_processes()
     try:
         found = []
@@ -183,68 +151,97 @@ def test_plan_steps():
 # Bad input: one line that says what to do
 
 
-def refused(done, *parts):
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    message = done.stderr.strip().splitlines()[-1]
-    assert all(part in done.stderr for part in parts), message
-    return message
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a script in this process -> what it says when it refuses, which must be one message and no traceback."""
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags)])
+        monkeypatch.chdir(ROOT)
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                model.run(script.main)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return str(stopped.value) + capsys.readouterr().err
+    return call
 
 
-@pytest.mark.parametrize("name, flags, parts", [
-    ("train_rl.py", ("--learning-rat", 1), ("--learning-rat",)),
-    ("train_rl.py", ("--group-size", 1), ("--group-size", "at least 2")),
-    ("train_rl.py", ("--temperature", 0), ("--temperature",)),
-    ("train_rl.py", ("--beta", -1), ("--beta", "negative")),
-    ("train_rl.py", ("--batch", 0), ("--batch must be at least 1",)),
-    ("align.py", ("--batch", 3, "--micro-batch", 2), ("--batch 3", "multiple of 2")),
-    ("align.py", ("--connector", "cnn"), ("--connector", "vit")),
-    ("align.py", ("--steps", "many"), ("--steps", "many")),
-    ("align.py", ("--mllm", "nowhere"), ("nowhere", "Download it", "--preset tiny")),
-    ("align.py", ("--sam", "sam2_hiera_large.pt"), ("sam2_hiera_large.pt is missing", "Download it", "--preset tiny")),
-    ("align.py", ("--sam", "sam9.pt"), ("sam9.pt", "sam2_hiera_large.pt")),
-    ("align.py", ("--connector-heads", 7), ("--connector-heads 7", "hidden size")),
-    ("align.py", ("--max-prompt", 50), ("tokens, the limit is 50", "--max-prompt", "--max-pixels")),
-    ("train_rl.py", ("--init", "nowhere"), ("nowhere", "lens.json is missing", "align.py")),
-    ("evaluate.py", (), ("--checkpoint is missing",)),
-    ("evaluate.py", ("--prompt-with", "box", "--splits", "test"), ("no object of split 'test'",)),
-    ("evaluate.py", ("--prompt-with", "box", "--image", "none.png", "--text", "x"), ("none.png",)),
-    ("evaluate.py", ("--curves", "nowhere"), ("nowhere",)),
+@pytest.mark.parametrize("module, flags, parts", [
+    (train_rl, ("--learning-rat", 1), ("--learning-rat",)),
+    (train_rl, ("--group-size", 1), ("--group-size", "at least 2")),
+    (train_rl, ("--temperature", 0), ("--temperature",)),
+    (train_rl, ("--beta", -1), ("--beta", "negative")),
+    (train_rl, ("--batch", 0), ("--batch must be at least 1",)),
+    (align, ("--batch", 3, "--micro-batch", 2), ("--batch 3", "multiple of 2")),
+    (align, ("--connector", "cnn"), ("--connector", "vit")),
+    (align, ("--steps", "many"), ("--steps", "many")),
+    (align, ("--mllm", "nowhere"), ("nowhere", "Download it", "--preset tiny")),
+    (align, ("--sam", "sam2_hiera_large.pt"), ("sam2_hiera_large.pt is missing", "Download it", "--preset tiny")),
+    (align, ("--sam", "sam9.pt"), ("sam9.pt", "sam2_hiera_large.pt")),
+    (align, ("--connector-heads", 7), ("--connector-heads 7", "hidden size")),
+    (align, ("--max-prompt", 50), ("tokens, the limit is 50", "--max-prompt", "--max-pixels")),
+    (train_rl, ("--init", "nowhere"), ("nowhere", "lens.json is missing", "align.py")),
+    (evaluate, (), ("--checkpoint is missing",)),
+    (evaluate, ("--prompt-with", "box", "--splits", "test"), ("no object of split 'test'",)),
+    (evaluate, ("--prompt-with", "box", "--image", "none.png", "--text", "x"), ("none.png",)),
+    (evaluate, ("--curves", "nowhere"), ("nowhere",)),
 ])
-def test_bad_input_is_one_clear_error(name, flags, parts, world, tmp_path):
-    output = () if name == "evaluate.py" else ("--output", tmp_path / "run", "--steps", 1)
-    refused(script(name, "--data", world, *flags, *output, check=False), *parts)
+def test_bad_input_is_one_clear_error(module, flags, parts, world, tmp_path, refused):
+    output = () if module is evaluate else ("--output", tmp_path / "run", "--steps", 1)
+    message = refused(module, "--preset", "tiny", "--data", world, *flags, *output)
+    assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("name", ["align.py", "train_rl.py"])
-def test_without_preset_and_data_it_says_what_to_download(name, tmp_path):
-    refused(run(sys.executable, name, "--output", tmp_path / "run", check=False), "datasets/refer_seg/refcoco", "Download", "--preset tiny")
+@pytest.mark.parametrize("module", [align, train_rl])
+def test_without_preset_and_data_it_says_what_to_download(module, tmp_path, refused):
+    message = refused(module, "--output", tmp_path / "run")
+    assert all(part in message for part in ("datasets/refer_seg/refcoco", "Download", "--preset tiny"))
 
 
-def test_a_run_is_never_overwritten(world, aligned):
-    refused(script("align.py", "--data", world, "--output", aligned, check=False), str(aligned), "--resume", "--output")
+def test_from_the_shell_an_error_is_one_line(tmp_path):
+    done = run(sys.executable, "align.py", "--output", tmp_path / "run", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("align.py: error: datasets/refer_seg")
 
 
-def test_checkpoint_of_another_architecture(world, aligned, tmp_path):
+def test_a_run_is_never_overwritten(world, aligned, refused):
+    message = refused(align, "--preset", "tiny", "--data", world, "--output", aligned)
+    assert all(part in message for part in (str(aligned), "--resume", "--output"))
+
+
+def test_checkpoint_of_another_architecture(world, aligned, tmp_path, refused):
     other = tmp_path / "other"
     other.mkdir()
     for file in ("context.safetensors", "sam.safetensors"):
         (other / file).write_bytes((aligned / file).read_bytes())
     (other / "lens.json").write_text((aligned / "lens.json").read_text().replace('"num_queries": 8', '"num_queries": 4'))
-    refused(script("train_rl.py", "--data", world, "--init", other, "--output", tmp_path / "run", check=False), "context.safetensors",
-            "architecture")
+    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", other, "--output", tmp_path / "run")
+    assert "context.safetensors" in message and "another architecture" in message
 
 
-def test_nan_stops_before_the_update_and_keeps_the_checkpoint(world, aligned, tmp_path):
+def test_resuming_with_another_architecture(world, aligned, tmp_path, refused):
+    flags = ["--preset", "tiny", "--data", world, "--output", aligned, "--resume", "--steps", 4, "--batch", 8, "--micro-batch", 4]
+    message = refused(align, *flags, "--num-queries", 4)
+    assert "step_000002 does not fit" in message and "settings.json" in message
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e10])
+def test_nan_stops_before_the_update_and_keeps_the_checkpoint(rate, world, aligned, tmp_path, refused):
     out = tmp_path / "run"
-    done = script("train_rl.py", "--data", world, "--init", aligned, "--output", out, "--steps", 4, "--batch", 2, "--micro-batch", 2,
-                  "--group-size", 2, "--save-every", 1, "--lr", 1e30, check=False)
-    refused(done, "the loss is nan", "checkpoints", "--resume")
-    assert [p.name for p in (out / "checkpoints").iterdir()] and not (out / "lens.json").exists()
+    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", aligned, "--output", out, "--steps", 6, "--batch", 2,
+                      "--micro-batch", 2, "--group-size", 2, "--save-every", 1, "--lr", rate, "--warmup", 0)
+    assert all(part in message for part in ("nan", "stopped before the update", "checkpoints", "--resume"))
+    assert list((out / "checkpoints").glob("step_*")) and not (out / "lens.json").exists()
 
 
-def test_help_explains_every_field():
-    for name in ("align.py", "train_rl.py", "evaluate.py"):
-        text = run(sys.executable, name, "--help").stdout
-        assert all(flag in text for flag in ("--preset", "--num-queries", "--seed"))
-        options = [line for line in text.splitlines() if line.startswith("  --")]
-        assert len(options) > 20 and "None" not in text.replace("default: None", "")
+@pytest.mark.parametrize("module", [align, train_rl, evaluate])
+def test_help_explains_every_field(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--preset", "--num-queries", "--seed"))
+    shared, own = model.SharedArgs, {align: "AlignArgs", train_rl: "RLArgs", evaluate: "EvaluateArgs"}[module]
+    for field in [*shared.__dataclass_fields__.values(), *getattr(module, own).__dataclass_fields__.values()]:
+        assert field.metadata["help"].split()[0] in text and len(field.metadata["help"]) > 8

@@ -1,8 +1,8 @@
 """The laptop's stand-ins: a tiny Qwen2.5-VL and a tiny SAM 2, trained from scratch on the shapes world.
 
-    python tests/tiny/build.py all --output tests/tiny          # both parts; minutes on one GPU
-    python tests/tiny/build.py mllm --steps 6000 --batch 256    # the language model alone
-    python tests/tiny/build.py sam  --steps 3000 --batch 64     # the mask model alone
+    python tests/tiny/build.py all --output tests/tiny          # both parts: what is committed; a quarter of an hour
+    python tests/tiny/build.py mllm                             # the language model alone: eight minutes of one core
+    python tests/tiny/build.py sam                              # the mask model alone: six minutes of one core
 
 Stage 1 and 2 of the method start from public models of billions of parameters. These two stand in for them so that
 every script can be run whole on a laptop. They are laid out as the real ones are, and no script treats them apart:
@@ -382,10 +382,10 @@ def build_mllm_part(args, scenes, expressions, held_out, held_expressions, say):
         {k: (round(v.float().mean().item(), 1), v.max().item()) for k, v in lengths.items()})
     if args.attention_weight:
         model.set_attn_implementation("eager")                   # the one that hands its weights out
-    soft, steps = soft_targets(tokenizer), args.steps or 6000
+    soft, steps = soft_targets(tokenizer), args.steps or 1200
 
     def losses(step):
-        rows = torch.randint(len(samples["scene"]), (args.batch or 256,)).to(DEVICE)
+        rows = torch.randint(len(samples["scene"]), (args.batch or 32,)).to(DEVICE)
         named = mllm_losses(model, head, patches, soft, scenes, samples, rows, args.attention_weight > 0)
         decay = min(1.0, max(0.05, 1.5 - 2 * step / steps))      # look where told at first, where it helps later
         weights = {"attention": args.attention_weight * decay}
@@ -541,7 +541,7 @@ def evaluate_sam(sam, scenes, wider):
 
 
 def build_sam_part(args, scenes, expressions, held_out, held_expressions, say):
-    folder, steps = Path(args.output) / "sam", args.steps or 3000
+    folder, steps = Path(args.output) / "sam", args.steps or 1500
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(SAM_CONFIG)
     torch.manual_seed(args.seed)
@@ -553,7 +553,7 @@ def build_sam_part(args, scenes, expressions, held_out, held_expressions, say):
     say(f"sam: {count(sam)} parameters")
 
     def losses(step):
-        rows = torch.randint(len(scenes["picture"]), (args.batch or 64,)).to(DEVICE)
+        rows = torch.randint(len(scenes["picture"]), (args.batch or 16,)).to(DEVICE)
         named = sam_losses(sam, scenes, rows, point_share=0.5 if step < 0.7 * steps else 0.0)
         return 2.0 * named["bce"] + 0.5 * named["dice"] + 0.05 * named["iou"], named
 
@@ -617,11 +617,11 @@ def main():
     parser.add_argument("part", choices=["mllm", "sam", "all"])
     parser.add_argument("--output", default=str(Path(__file__).parent), help="folder for mllm/, sam/ and build.log")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=40000, help="training scenes; 55 kB of device memory each")
-    parser.add_argument("--steps", type=int, help="default: mllm 6000, sam 3000")
-    parser.add_argument("--batch", type=int, help="default: mllm 256 answers, sam 64 pictures")
+    parser.add_argument("--scenes", type=int, default=16000, help="training scenes; 55 kB of device memory each")
+    parser.add_argument("--steps", type=int, help="default: mllm 1200, sam 1500")
+    parser.add_argument("--batch", type=int, help="default: mllm 32 answers, sam 16 pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--every", type=int, default=1000, help="steps between evaluations")
+    parser.add_argument("--every", type=int, default=300, help="steps between evaluations")
     parser.add_argument("--save-at", type=int, nargs="*", default=[], help="also keep the MLLM of these steps")
     parser.add_argument("--loose", type=float, default=5.0, help="pixels by which the MLLM's boxes are too wide")
     parser.add_argument("--broken", type=float, default=0.25, help="share of the MLLM's answers that lack a tag")

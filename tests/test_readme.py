@@ -1,0 +1,64 @@
+"""The README's own commands and code, run as a reader would."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands():
+    """The tiny preset's commands, each once, in order: all but set-up and pytest."""
+    lines = [part.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    return list(dict.fromkeys(line for line in lines if "tiny" in line))
+
+
+def test_commands(tmp_path):
+    """On a copy without any earlier run, two steps and eight rows each."""
+    for pattern in ("*.py", "docs/shapes.png"):
+        for path in ROOT.glob(pattern):
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    shutil.copytree(ROOT / "tests/tiny", tmp_path / "tests/tiny")
+    found = commands()
+    assert [re.search(r"(\w+)\.py", line)[1] for line in found] == ["align", "train_rl", "evaluate", "evaluate"]
+    for line in found:
+        line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+        line = re.sub(r"^python ", f"{sys.executable} ", line)
+        line += " --limit 8" + ("" if "evaluate" in line else " --steps 2")
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": ""}, capture_output=True, text=True)
+        assert done.returncode == 0, line + done.stdout[-1000:] + done.stderr[-3000:]
+    assert (tmp_path / "overlay.png").exists() and (tmp_path / "runs/tiny/rl/mllm/model.safetensors").exists()
+
+
+def test_example_of_copying():
+    space = {}
+    exec(blocks("python")[0], space)
+    assert space["rewards"].tolist() == [1.5, 0.0]
+    assert space["advantages"].tolist() == pytest.approx([1.0, -1.0], abs=1e-3)
+    assert space["loss"].item() == pytest.approx(0.0, abs=1e-6) and space["log_probs"].grad.abs().sum() > 0
+
+
+def test_links_and_names():
+    """Every file that is linked exists, and every function named beside a file is in it."""
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for row in re.findall(r"^\| \[(\w+\.py)\]\S+ \| (.*?) \|", README, re.M):
+        source = (ROOT / row[0]).read_text()
+        for name in re.findall(r"`(\w+)`", row[1]):
+            assert re.search(rf"^(def|class) {name}\b|^{name} =", source, re.M) or f"def {name}" in source, (row[0], name)
+
+
+def test_only_the_cards_files():
+    """Seven scripts, at most 2,400 lines together."""
+    scripts = sorted(p.name for p in ROOT.glob("*.py"))
+    assert scripts == ["align.py", "data.py", "evaluate.py", "grpo.py", "model.py", "rewards.py", "train_rl.py"]
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in scripts) <= 2400
