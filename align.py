@@ -133,14 +133,17 @@ class Metrics:
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.path)
         self.bar = tqdm(total=total, initial=start, desc=folder.name, dynamic_ncols=True)
-        if log_to == "wandb":
-            import wandb
-            self.send = lambda row: wandb.log(row, step=row["step"])
-            wandb.init(dir=str(folder), name=folder.name)
-        elif log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder)
-            self.send = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
+        try:
+            if log_to == "wandb":
+                import wandb
+                wandb.init(dir=str(folder), name=folder.name)
+                self.send = lambda row: wandb.log(row, step=row["step"])
+            elif log_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(folder)
+                self.send = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
+        except ImportError:
+            raise LensError(f"--log-to {log_to}: that package is not installed (pip install {log_to})") from None
 
     def write(self, row, show):
         """show: names of the numbers beside the progress bar."""

@@ -175,8 +175,8 @@ def draw_curves(folder, output):
     if not path.exists():
         raise LensError(f"{path} is missing: --curves takes the folder of a run")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = [name for name in ("reward_format", "reward_box", "reward_mask", "loss_seg", "kl", "entropy", "completion_length",
-                               "loss", "mask_iou", "grad_norm") if name in rows[0]]
+    names = [name for name in ("reward", "reward_format", "reward_box", "reward_mask", "loss_seg", "kl", "entropy",
+                               "completion_length", "loss", "mask_iou", "grad_norm") if name in rows[0]]
     figure, axes = pyplot.subplots(2, (len(names) + 1) // 2, figsize=(16, 6), squeeze=False)
     window = max(1, len(rows) // 20)
     for axis, name in zip(axes.flat, names):
