@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box, select, to_device,
                   training_batches)
-from model import (TINY, SharedArgs, build_lens, export, flag, generate, load_checkpoint, on_device, pack_groups, parse_settings,
-                   prompt_positions, run, save_checkpoint, set_trainable, shard, start_processes)
+from model import (TINY, SharedArgs, build_lens, export, flag, generate, load_checkpoint, on_device, pack_groups,
+                   parse_settings, prompt_positions, run, save_checkpoint, set_trainable, shard, start_processes)
 
 
 @dataclass
@@ -103,8 +103,8 @@ def plan_steps(args, world, objects):
     if args.batch % world or args.batch // world % args.micro_batch:
         fits = [b for b in range(world, args.batch + 2 * world * args.micro_batch) if b % (world * args.micro_batch) == 0]
         raise LensError(f"--batch {args.batch} does not split over {world} processes in passes of --micro-batch "
-                        f"{args.micro_batch}. With these, --batch can be {', '.join(map(str, fits[-3:]))} or another multiple of "
-                        f"{world * args.micro_batch}.")
+                        f"{args.micro_batch}. With these, --batch can be {', '.join(map(str, fits[-3:]))} or another multiple "
+                        f"of {world * args.micro_batch}.")
     return args.steps or max(1, args.epochs * objects // args.batch)
 
 

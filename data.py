@@ -133,8 +133,8 @@ def read_refcoco(root, dataset, split):
     for path in (refs_file, instances_file, pictures):
         if not path.exists():
             raise LensError(
-                f"{path} is missing. Download {dataset}'s annotations (REFER: refcoco.zip, refcoco+.zip, refcocog.zip) and "
-                f"COCO's train2014 pictures, and lay them out as data.py's first lines show below --data {root}; "
+                f"{path} is missing. Download {dataset}'s annotations (REFER: refcoco.zip, refcoco+.zip, refcocog.zip) "
+                f"and COCO's train2014 pictures, and lay them out as data.py's first lines show below --data {root}; "
                 f"or try the method without any download: --preset tiny.")
     try:
         instances = json.loads(instances_file.read_text(encoding="utf-8"))
@@ -142,28 +142,32 @@ def read_refcoco(root, dataset, split):
         annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     except (ValueError, KeyError, TypeError) as error:
         raise LensError(f"{instances_file}: not a readable COCO annotation file ({error!r}). Download it again.") from None
-    present = set(os.listdir(pictures))
-    records = []
-    for ref in read_refs(refs_file):
-        if ref["split"] != split:
-            continue
-        where = f"{refs_file}, ref_id {ref['ref_id']}, ann_id {ref['ann_id']}"
-        image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
-        if image is None or annotation is None:
-            raise LensError(f"{where}: it or image_id {ref['image_id']} is not in {instances_file}. Download both again.")
-        name = f"COCO_train2014_{ref['image_id']:012d}.jpg"      # ref["file_name"] names the crop, not the picture
-        if name not in present:
-            raise LensError(f"{where}: its picture {pictures / name} is missing. Download COCO's train2014 pictures.")
-        height, width, (x, y, w, h) = image["height"], image["width"], annotation["bbox"]
-        if not annotation["segmentation"] or w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            raise LensError(f"{where}: no segmentation or a box outside the picture. Download {instances_file} again.")
-        records.append({"id": f"{dataset}/{ref['ref_id']}", "image": str(pictures / name), "size": (height, width),
-                        "texts": [s["sent"] for s in ref["sentences"]], "box": (x, y, x + w, y + h),
-                        "segmentation": annotation["segmentation"]})
+    present, records = set(os.listdir(pictures)), []
+    for n, ref in enumerate(read_refs(refs_file)):
+        try:
+            if ref["split"] == split:
+                records.append(make_record(ref, images[ref["image_id"]], annotations[ref["ann_id"]], dataset, pictures))
+        except (KeyError, TypeError, ValueError) as error:
+            name = f"ref_id {ref.get('ref_id')}, ann_id {ref.get('ann_id')}" if isinstance(ref, dict) else f"record {n}"
+            raise LensError(f"{refs_file}, {name}: damaged, or missing in {instances_file} ({error!r}). Download both again."
+                            ) from None
+        if ref["split"] == split and Path(records[-1]["image"]).name not in present:
+            raise LensError(f"{refs_file}, ref_id {ref['ref_id']}: its picture {records[-1]['image']} is missing. Download "
+                            f"COCO's train2014 pictures.")
     if not records:
         raise LensError(f"{refs_file}: no object of split '{split}'. RefCOCO and RefCOCO+ have train, val, testA, testB; "
-                         f"RefCOCOg has train, val, test.")
+                        f"RefCOCOg has train, val, test.")
     return records
+
+
+def make_record(ref, image, annotation, dataset, pictures):
+    """One ref with its COCO image and annotation -> a record. The picture is named from image_id: file_name names a crop."""
+    height, width, (x, y, w, h) = image["height"], image["width"], annotation["bbox"]
+    if not (w > 0 and h > 0 and -w < x < width and -h < y < height and annotation["segmentation"] and ref["sentences"]):
+        raise ValueError(f"no segmentation, no expression, or the box {x, y, w, h} lies outside the picture")
+    return {"id": f"{dataset}/{ref['ref_id']}", "image": str(pictures / f"COCO_train2014_{ref['image_id']:012d}.jpg"),
+            "size": (height, width), "texts": [sentence["sent"] for sentence in ref["sentences"]],
+            "box": (x, y, x + w, y + h), "segmentation": annotation["segmentation"]}
 
 
 def read_records(root, datasets, split):
@@ -182,12 +186,12 @@ def load_picture(path):
 
 
 def decode_mask(segmentation, size):
-    """COCO polygons (their union) or RLE -> (H, W) bool."""
+    """COCO polygons (their union) or RLE, compressed or not -> (H, W) bool."""
     if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-    else:
-        rle = segmentation if isinstance(segmentation["counts"], (str, bytes)) else coco_mask.frPyObjects(segmentation, *size)
-    return coco_mask.decode(rle).astype(bool)
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, *size)
+    return coco_mask.decode(segmentation).astype(bool)
 
 
 def load_item(record, text_index):
@@ -200,8 +204,9 @@ def load_item(record, text_index):
     if image.size != record["size"][::-1]:
         raise LensError(f"{record['image']}: {image.size} pixels, annotated as {record['size'][::-1]}. Take the original.")
     mask = decode_mask(record["segmentation"], record["size"])
-    if not mask.any():
-        raise LensError(f"{record['id']} ({record['image']}): the segmentation covers no pixel. Download it again.")
+    if mask.shape != tuple(record["size"]) or not mask.any():
+        raise LensError(f"{record['id']} ({record['image']}): the segmentation is of another size or covers no pixel. "
+                        f"Download the annotations again.")
     return {"id": f"{record['id']}/{text_index}", "text": record["texts"][text_index], "image": image, "mask": mask,
             "box": record["box"]}
 
@@ -267,7 +272,8 @@ class Collator:
         self.processor, self.model_type, self.sam_size, self.max_prompt = processor, model_type, sam_size, max_prompt
 
     def __call__(self, items):
-        texts = [self.processor.apply_chat_template(chat_messages(item["text"]), add_generation_prompt=True) for item in items]
+        texts = [self.processor.apply_chat_template(chat_messages(item["text"]), add_generation_prompt=True)
+                 for item in items]
         encoded = self.processor(text=texts, images=[item["image"] for item in items], return_mm_token_type_ids=True)
         ids = [torch.as_tensor(row) for row in encoded["input_ids"]]
         for item, row in zip(items, ids):
@@ -299,8 +305,8 @@ def select(batch, indices):
 
 def to_device(batch, device):
     """Move what the models read; token ids stay on the CPU, where groups are packed."""
-    moved = {name: batch[name].to(device, non_blocking=True) for name in ("pixel_values", "grid_thw", "sam_pixels", "low_masks")}
-    return {**batch, **moved}
+    read = ("pixel_values", "grid_thw", "sam_pixels", "low_masks")
+    return {**batch, **{name: batch[name].to(device, non_blocking=True) for name in read}}
 
 
 def training_batches(stream, collate, start, steps, batch, rank, world, workers):
@@ -425,7 +431,8 @@ def write_shapes_world(root, seed=7, splits=SHAPES_SPLITS):
                 picture, things = draw_scene(rng)
             found, image_id = describe(things), len(images) + 1
             Image.fromarray(picture).save(pictures / f"COCO_train2014_{image_id:012d}.jpg", quality=95)
-            images.append({"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": SIDE, "width": SIDE})
+            images.append({"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": SIDE,
+                           "width": SIDE})
             chosen = pick_expression(found, rng)[1]                # one object of the picture, up to three expressions
             own, texts = [f for f in found if f[1] == chosen], []
             while len(texts) < min(3, len(own)):

@@ -33,10 +33,11 @@ from rewards import box_iou, format_reward, mask_counts, parse_box
 
 @dataclass
 class EvaluateArgs:
-    checkpoint: str = flag("", "a run's folder (align.py's or train_rl.py's); none with --prompt-with box: the MLLM and SAM as "
-                               "they come")
+    checkpoint: str = flag("", "a run's folder (align.py's or train_rl.py's); none with --prompt-with box: the MLLM and "
+                               "SAM as they come")
     splits: list[str] = flag(["val"], "splits to evaluate: val, testA, testB (RefCOCO, RefCOCO+); val, test (RefCOCOg)")
-    prompt_with: Literal["context", "box"] = flag("context", "prompt SAM with the context queries, or with the predicted box")
+    prompt_with: Literal["context", "box"] = flag("context", "prompt SAM with the context queries, or with the predicted "
+                                                             "box")
     sample: bool = flag(False, "sample the answers at temperature 1 in the place of greedy decoding")
     eval_batch: int = flag(8, "rows decoded together")
     json: str = flag("", "write the table to this file")
@@ -52,8 +53,8 @@ class EvaluateArgs:
         if bool(self.image) != bool(self.text):
             raise LensError("--image and --text go together")
         if not (self.checkpoint or self.curves or self.prompt_with == "box"):
-            raise LensError("--checkpoint is missing: the folder of a run (train one with align.py and train_rl.py, --preset tiny "
-                            "needs no download), or --prompt-with box to evaluate the MLLM and SAM as they come")
+            raise LensError("--checkpoint is missing: the folder of a run (train one with align.py and train_rl.py, --preset "
+                            "tiny needs no download), or --prompt-with box to evaluate the MLLM and SAM as they come")
 
 
 PRESETS = {"tiny": dict(TINY, eval_batch=50, limit=1000)}

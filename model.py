@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import sam2
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -94,7 +95,7 @@ def parse_settings(classes, presets, description):
     early = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
     try:
         if getattr(early, "checkpoint", ""):
-            parser.set_defaults(**read_run(early.checkpoint))
+            parser.set_defaults(**{**read_run(early.checkpoint), "limit": 0})      # how much it trained on says nothing
         parser.set_defaults(**presets.get(early.preset, {}))
         values = vars(parser.parse_args())
         return [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in classes]
@@ -378,6 +379,23 @@ def draw_uniforms(seed, step, prompts, G, T):
                                       for prompt in prompts for g in range(G)]))
 
 
+def prefill(mllm, batch, positions, G):
+    """Run B prompts once, padded on the left so that they end together, and repeat their cache G times.
+    -> last hidden states (N, C), cache, attention mask (N, P), first position after each prompt (N,)."""
+    device, P = batch["pixel_values"].device, max(len(ids) for ids in batch["ids"])
+    left = lambda x: F.pad(x, (P - x.shape[-1], 0))
+    ids = torch.stack([left(ids) for ids in batch["ids"]]).to(device)                                       # (B, P)
+    attention = torch.stack([left(torch.ones_like(ids)) for ids in batch["ids"]]).to(device)
+    position = torch.stack([left(p) for p in positions], 1).to(device)                                      # (3, B, P)
+    cache = DynamicCache(config=mllm.config.text_config)
+    embeds = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
+    hidden = mllm.model.language_model(inputs_embeds=embeds, position_ids=position, attention_mask=attention,
+                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    cache.batch_repeat_interleave(G)
+    return (hidden.repeat_interleave(G, 0), cache, attention.repeat_interleave(G, 0),
+            (position.amax((0, 2)) + 1).repeat_interleave(G))
+
+
 @torch.no_grad()
 def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, temperature=1.0):
     """G completions of each of B prompts: all decoded as one batch, each prompt prefilled once.
@@ -386,20 +404,10 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
     batch nor world size; None decodes greedily. Returns (completions, finished): B lists of G (T_i,) long CPU tensors,
     the end token included, and B lists of G bools, False where the limit cut the completion.
     """
-    training = mllm.training
+    training, lm = mllm.training, mllm.model.language_model
     mllm.eval()                                                  # in training mode checkpointing would drop the cache
-    device, lm, P = batch["pixel_values"].device, mllm.model.language_model, max(len(ids) for ids in batch["ids"])
-    left = lambda x, value=0: F.pad(x, (P - x.shape[-1], 0), value=value)         # prompts end together
-    ids = torch.stack([left(ids) for ids in batch["ids"]]).to(device)                                       # (B, P)
-    attention = torch.stack([left(torch.ones_like(ids)) for ids in batch["ids"]]).to(device)
-    position = torch.stack([left(p) for p in positions], 1).to(device)                                      # (3, B, P)
-    cache = DynamicCache(config=mllm.config.text_config)
-    hidden = lm(inputs_embeds=embed(mllm, ids, batch["pixel_values"], batch["grid_thw"]), position_ids=position,
-                attention_mask=attention, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    cache.batch_repeat_interleave(G)
-    hidden, attention = hidden.repeat_interleave(G, 0), attention.repeat_interleave(G, 0)
-    next_position = (position.amax((0, 2)) + 1).repeat_interleave(G)                                        # (N,)
-    N = len(hidden)
+    hidden, cache, attention, next_position = prefill(mllm, batch, positions, G)
+    N, device = len(hidden), hidden.device
     alive = torch.arange(N, device=device)                       # the samples that the decoding batch still holds
     tokens, done = torch.full((N, max_new), eos, device=device), torch.zeros(N, dtype=torch.bool, device=device)
     for t in range(max_new):
@@ -419,8 +427,7 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
                     position_ids=(next_position[alive] + t).expand(3, 1, -1).transpose(1, 2), use_cache=True
                     ).last_hidden_state[:, -1]
     mllm.train(training)
-    ended = tokens == eos
-    lengths = torch.where(done, ended.int().argmax(1) + 1, max_new).tolist()
+    lengths = torch.where(done, (tokens == eos).int().argmax(1) + 1, max_new).tolist()
     rows = [row[:length] for row, length in zip(tokens.cpu(), lengths)]
     group = lambda flat: [flat[i:i + G] for i in range(0, N, G)]
     return group(rows), group(done.tolist())
@@ -429,7 +436,8 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
 # ----------------------------------------------------------------------------------------------------------------
 # Loading and saving
 
-SAM_CONFIGS = {f"{version}_hiera_{size}.pt": f"configs/{version}/{version}_hiera_{short}.yaml" for version in ("sam2", "sam2.1")
+SAM_CONFIGS = {f"{version}_hiera_{size}.pt": f"configs/{version}/{version}_hiera_{short}.yaml"
+               for version in ("sam2", "sam2.1")
                for size, short in (("tiny", "t"), ("small", "s"), ("base_plus", "b+"), ("large", "l"))}
 
 
@@ -441,7 +449,6 @@ def load_sam(path):
     if config is None:
         raise LensError(f"--sam {path}: not a folder, and not one of SAM 2's file names ({', '.join(SAM_CONFIGS)})")
     if isinstance(config, str):
-        import sam2
         config = Path(sam2.__path__[0]) / config
     if not weights.exists():
         raise LensError(f"{weights} is missing. Download it: huggingface-cli download facebook/"
@@ -644,8 +651,8 @@ def load_checkpoint(folder, lens, optimizer):
     try:
         dcp.load(saved, checkpoint_id=str(found[-1]))
     except (Exception, CheckpointException) as error:                    # the latter is no Exception
-        raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use "
-                         f"another --output, or the settings in settings.json beside it ({str(error).strip().splitlines()[-1]})") from None
+        raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use another "
+                        f"--output, or the settings of that run ({str(error).strip().splitlines()[-1]})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
                    options=TRAINED)
     return int(saved["step"])

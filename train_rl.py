@@ -18,8 +18,8 @@ while its losses assume temperature 1, no clip, no format reward on RefCOCO, one
 is trained: one temperature, no cut, the same forbidden tokens. Both stages' decoders go on from where they were. epsilon,
 beta, warm-up and the optimizer's betas are not in the paper; they are flags.
 
-Precision: fp32 master weights, sharded; compute in bf16 (`--precision fp32` for exactness); a whole copy per process in the
-compute precision samples, refreshed after every update on every rank; the reference model is frozen and sharded.
+Precision: fp32 master weights, sharded; compute in bf16 (`--precision fp32` for exactness); a whole copy per process in
+the compute precision samples, refreshed after every update on every rank; the reference model is frozen and sharded.
 """
 import time
 from dataclasses import dataclass
@@ -61,13 +61,16 @@ class RLArgs(TrainArgs):
         if self.group_size < 2:
             raise LensError(f"--group-size must be at least 2: a group of {self.group_size} has nothing to compare")
         if self.updates_per_batch < 1 or not self.temperature > 0 or not self.iou_power > 0 or not 0 < self.clip_eps < 1:
-            raise LensError("--updates-per-batch must be at least 1, --temperature and --iou-power positive, --clip-eps in (0, 1)")
-        if min(self.beta, self.alpha, self.lr_context, self.lr_sam, self.lambda_format, self.lambda_box, self.lambda_mask) < 0:
+            raise LensError("--updates-per-batch must be at least 1, --temperature and --iou-power positive, --clip-eps in "
+                            "(0, 1)")
+        if min(self.beta, self.alpha, self.lr_context, self.lr_sam, self.lambda_format, self.lambda_box,
+               self.lambda_mask) < 0:
             raise LensError("--beta, --alpha, --lr-context, --lr-sam and the lambdas must not be negative")
 
 
-PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=16, micro_batch=8, steps=250, lr=1.5e-4,
-                        lr_context=3e-4, lr_sam=1e-4, warmup=10, adam_beta2=0.99, gradient_checkpointing=False, save_every=50)}
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=16, micro_batch=8, steps=250,
+                        lr=1.5e-4, lr_context=3e-4, lr_sam=1e-4, warmup=10, adam_beta2=0.99, save_every=50,
+                        gradient_checkpointing=False)}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -206,8 +209,9 @@ def main():
         means, norm = train_on(lens, reference, optimizer, parts, factor, args, world, step)
         refresh(sampler, lens.mllm)
         now = time.time()
-        metrics.write({"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor, "seconds": round(now - began, 3),
-                       "seconds_sampling": round(sampled - began, 3)}, ("reward", "reward_format", "reward_box", "reward_mask"))
+        row = {"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor, "seconds": round(now - began, 3),
+               "seconds_sampling": round(sampled - began, 3)}
+        metrics.write(row, ("reward", "reward_format", "reward_box", "reward_mask"))
         began = now
         if step % args.log_every == 0:
             metrics.say(f"step {step + 1}: reward {means['reward']:.3f} = format {means['reward_format']:.3f}, box "

@@ -243,6 +243,8 @@ BAD = {  # what is wrong: how it comes about, what the message must name, and th
     "box to the right": (resaved(annotations={"bbox": [40, 5, 3, 3]}), "instances_file", "ref_id 1, ann_id 100", "again"),
     "box above": (resaved(annotations={"bbox": [4, -6, 3, 6]}), "instances_file", "ref_id 1, ann_id 100", "again"),
     "box without width": (resaved(annotations={"bbox": [4, 5, 0, 3]}), "instances_file", "ref_id 1, ann_id 100", "again"),
+    "no expression": (resaved(refs={"sentences": []}), "refs_file", "ref_id 1, ann_id 100", "again"),
+    "sentences of another kind": (resaved(refs={"sentences": [7]}), "refs_file", "ref_id 1, ann_id 100", "again"),
     "mask without a pixel": (resaved(annotations={"segmentation": [corners(5, 5, 5, 5)]}), "picture", "refcoco/1", "again"),
     "RLE without a pixel": (resaved(annotations={"segmentation": {"size": [30, 40], "counts": [1200]}}),
                             "picture", "refcoco/1", "again"),

@@ -1,6 +1,7 @@
 """What tests/test_train.py runs under torchrun: training steps on random weights and stored completions.
 
     torchrun --nproc_per_node=2 tests/worker.py gradients OUT      # one pass over four groups -> losses and every gradient
+    torchrun --nproc_per_node=2 tests/worker.py checkpointed OUT   # the same with gradient checkpointing
     torchrun --nproc_per_node=2 tests/worker.py refresh OUT        # bf16: is the sampling copy the cast weights, on every rank?
     torchrun --nproc_per_node=2 tests/worker.py stale OUT          # the same, but rank 1 does not refresh its copy
 """
@@ -57,12 +58,14 @@ def one_pass(lens, reference, rank, world, args):
 
 def main(what, out):
     rank, world, _, mesh = start_processes()
-    precision = "fp32" if what == "gradients" else "bf16"
+    precision = "fp32" if what in ("gradients", "checkpointed") else "bf16"
     lens, sampler, reference = build(precision, mesh)
+    if what == "checkpointed":
+        lens.train().mllm.gradient_checkpointing_enable({"use_reentrant": False})
     args = SimpleNamespace(batch=4, micro_batch=1, group_size=3, temperature=0.8, clip_eps=0.2, beta=0.5, alpha=1.5, iou_power=1.0,
                            lambda_format=1.0, lambda_box=1.0, lambda_mask=1.0, focal=False)
     sums = one_pass(lens, reference, rank, world, args)
-    if what == "gradients":
+    if precision == "fp32":
         grads = {n: p.grad.full_tensor() for n, p in lens.named_parameters() if p.grad is not None}
         if rank == 0:
             torch.save({"sums": sums, "grads": grads}, out)
