@@ -38,11 +38,11 @@ class TrainArgs:
     """What both stages ask."""
     output: str = flag("runs/out", "folder for metrics.jsonl, checkpoints and the finished model")
     resume: bool = flag(False, "go on from OUTPUT's last checkpoint")
-    init: str = flag("", "a finished run to start from; stage 2 starts from stage 1's")
+    init: str = flag("", "a finished run to start from")
     batch: int = flag(128, "prompts per step, over all processes")
     micro_batch: int = flag(1, "prompts per forward and backward pass of one process")
     epochs: int = flag(25, "passes over the training objects")
-    steps: int = flag(0, "stop after so many steps; 0 follows --epochs")
+    steps: int = flag(0, "steps of the whole run and its schedule; 0 follows --epochs")
     lr: float = flag(3e-5, "peak learning rate")
     warmup: int = flag(0, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
@@ -103,8 +103,8 @@ def plan_steps(args, world, objects):
     if args.batch % world or args.batch // world % args.micro_batch:
         fits = [b for b in range(world, args.batch + 2 * world * args.micro_batch) if b % (world * args.micro_batch) == 0]
         raise LensError(f"--batch {args.batch} does not split over {world} processes in passes of --micro-batch "
-                        f"{args.micro_batch}. With these, --batch can be {', '.join(map(str, fits[-3:]))} or another multiple "
-                        f"of {world * args.micro_batch}.")
+                        f"{args.micro_batch}. With these, --batch can be {', '.join(map(str, fits[-3:]))} or another "
+                        f"multiple of {world * args.micro_batch}.")
     return args.steps or max(1, args.epochs * objects // args.batch)
 
 
@@ -276,6 +276,9 @@ def main():
                "seconds": round(time.time() - began, 3)}
         began = time.time()
         metrics.write(row, ("loss", "mask_iou"))
+        if step % args.log_every == 0:
+            metrics.say(f"step {step + 1}: loss {loss:.3f}, mask IoU {iou:.3f}\n"
+                        f"  {batch['texts'][0]!r} -> {processor.tokenizer.decode(answers[0], skip_special_tokens=True)!r}")
         if (step + 1) % args.save_every == 0 or step + 1 == total:
             save_checkpoint(folder, step + 1, lens, optimizer)
     export(folder, lens, shared)

@@ -87,16 +87,23 @@ class SharedArgs:
             raise LensError("--workers, --max-pixels and --limit must not be negative")
 
 
+ARCHITECTURE = ("num_queries", "connector", "connector_heads", "prompt_tokens")
+
+
 def parse_settings(classes, presets, description):
-    """Command line -> one instance per dataclass. Defaults come from the class, then from the run that `--checkpoint`
-    names, then from `--preset`; flags override all. An unknown flag or a value out of range ends with one line."""
+    """Command line -> one instance per dataclass. Defaults come from the class, then from `--preset`, then from the run
+    that `--checkpoint` names (all but --limit) or `--init` (its architecture); flags override all. An unknown flag or a
+    value out of range ends with one line."""
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets), help="defaults for a whole set-up; flags override them")
-    early = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
+    early = lambda: parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
+    parser.set_defaults(**presets.get(early().preset, {}))
+    checkpoint, init = getattr(early(), "checkpoint", ""), getattr(early(), "init", "")
     try:
-        if getattr(early, "checkpoint", ""):
-            parser.set_defaults(**{**read_run(early.checkpoint), "limit": 0})      # how much it trained on says nothing
-        parser.set_defaults(**presets.get(early.preset, {}))
+        if checkpoint:
+            parser.set_defaults(**{name: value for name, value in read_run(checkpoint).items() if name != "limit"})
+        elif init and (Path(init) / "lens.json").exists():
+            parser.set_defaults(**{name: read_run(init)[name] for name in ARCHITECTURE})
         values = vars(parser.parse_args())
         return [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in classes]
     except LensError as error:
@@ -495,9 +502,10 @@ def build_lens(args, folder=None, dtype=torch.float32):
     """-> (Lens, processor). With `folder`, a run's export: its MLLM (where it trained one), context module and SAM head."""
     folder = folder and Path(folder)
     if folder:
-        saved = read_run(folder)
-        for name in ("num_queries", "connector", "connector_heads", "prompt_tokens"):
-            setattr(args, name, saved[name])
+        for name in ARCHITECTURE:
+            if getattr(args, name) != read_run(folder)[name]:
+                raise LensError(f"{folder} was trained with --{name.replace('_', '-')} {read_run(folder)[name]}, not "
+                                f"{getattr(args, name)}")
         args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
     sam = load_sam(args.sam)
     mllm, processor = load_mllm(args.mllm, dtype)
@@ -651,8 +659,8 @@ def load_checkpoint(folder, lens, optimizer):
     try:
         dcp.load(saved, checkpoint_id=str(found[-1]))
     except (Exception, CheckpointException) as error:                    # the latter is no Exception
-        raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use another "
-                        f"--output, or the settings of that run ({str(error).strip().splitlines()[-1]})") from None
+        raise LensError(f"{found[-1]} does not fit this model: it was written with other settings, or is damaged. Use "
+                        f"another --output, or the settings of that run ({str(error).strip().splitlines()[-1]})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
                    options=TRAINED)
     return int(saved["step"])

@@ -30,9 +30,9 @@ import torch.distributed as dist
 from align import (Metrics, TrainArgs, apply_update, learning_rate, open_output, plan_steps, segmentation_loss)
 from data import Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device, training_batches
 from grpo import group_advantages, grpo_loss
-from model import (TINY, Reference, SharedArgs, build_lens, copy_mllm, draw_uniforms, export, flag, full_size_masks, generate,
-                   load_checkpoint, on_device, pack_groups, parse_settings, prompt_positions, refresh, run, save_checkpoint,
-                   set_trainable, shard, start_processes)
+from model import (TINY, Reference, SharedArgs, build_lens, copy_mllm, draw_uniforms, export, flag, full_size_masks,
+                   generate, load_checkpoint, on_device, pack_groups, parse_settings, prompt_positions, refresh, run,
+                   save_checkpoint, set_trainable, shard, start_processes)
 from rewards import box_iou, format_reward, mask_iou, parse_box, unified_reward
 
 

@@ -221,6 +221,27 @@ def test_checkpoint_of_another_architecture(world, aligned, tmp_path, refused):
     assert "context.safetensors" in message and "another architecture" in message
 
 
+def test_a_flag_that_contradicts_the_checkpoint(world, aligned, tmp_path, refused):
+    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", aligned, "--num-queries", 4, "--output", tmp_path / "run")
+    assert str(aligned) in message and "--num-queries 8, not 4" in message
+
+
+def test_defaults_come_from_class_preset_run_and_flags_in_this_order(aligned, tmp_path, monkeypatch):
+    settings = (aligned / "lens.json").read_text().replace('"num_queries": 8', '"num_queries": 5')
+    (tmp_path / "lens.json").write_text(settings.replace('"limit": 0', '"limit": 3'))
+    def parse(module, own, *flags):
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
+        return model.parse_settings([model.SharedArgs, own], module.PRESETS, "")
+    shared, args = parse(train_rl, train_rl.RLArgs)
+    assert (shared.num_queries, shared.mllm, args.batch, args.lr) == (64, "Qwen/Qwen2.5-VL-3B-Instruct", 64, 3e-6)
+    shared, args = parse(train_rl, train_rl.RLArgs, "--preset", "tiny", "--init", tmp_path, "--lr", 0.5)
+    assert (shared.num_queries, shared.datasets, args.batch, args.lr, args.group_size) == (5, ["shapes"], 16, 0.5, 8)
+    shared, args = parse(evaluate, evaluate.EvaluateArgs, "--checkpoint", tmp_path)
+    assert (shared.num_queries, shared.mllm, shared.limit, args.eval_batch) == (5, "tests/tiny/mllm", 0, 8)
+    shared, _ = parse(evaluate, evaluate.EvaluateArgs, "--preset", "tiny", "--checkpoint", tmp_path, "--num-queries", 6)
+    assert (shared.num_queries, shared.limit) == (6, 1000)
+
+
 def test_resuming_with_another_architecture(world, aligned, tmp_path, refused):
     flags = ["--preset", "tiny", "--data", world, "--output", aligned, "--resume", "--steps", 4, "--batch", 8, "--micro-batch", 4]
     message = refused(align, *flags, "--num-queries", 4)
