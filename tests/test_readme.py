@@ -1,4 +1,5 @@
 """The README's own commands and code, run as a reader would."""
+import json
 import re
 import shlex
 import shutil
@@ -55,6 +56,20 @@ def test_links_and_names():
         source = (ROOT / row[0]).read_text()
         for name in re.findall(r"`(\w+)`", row[1]):
             assert re.search(rf"^(def|class) {name}\b|^{name} =", source, re.M) or f"def {name}" in source, (row[0], name)
+
+
+def test_numbers_come_from_docs():
+    """The results table is docs/proof.md, and the times are the sums of `seconds` in the runs' own metrics."""
+    assert (ROOT / "docs/proof.md").read_text().strip() in README
+    for stage in ("align", "rl"):
+        rows = [json.loads(line) for line in (ROOT / f"docs/{stage}_metrics.jsonl").read_text().splitlines()]
+        assert f"{sum(row['seconds'] for row in rows):.0f} s (docs/{stage}_metrics.jsonl)" in README
+
+
+def test_proof_table_is_made_from_its_numbers():
+    sys.path.insert(0, str(ROOT / "tests"))
+    import proof
+    assert proof.table(json.loads((ROOT / "docs/proof.json").read_text())) == (ROOT / "docs/proof.md").read_text()
 
 
 def test_only_the_cards_files():
