@@ -422,6 +422,8 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
         token = pick_tokens(logits, None if uniforms is None else uniforms[alive, t])
         token = torch.where(done[alive], eos, token)             # what follows the end token is cut off below
         tokens[alive, t], done[alive] = token, done[alive] | (token == eos)
+        if t + 1 == max_new:
+            break
         if t % 8 == 7:                                           # one host sync per eight tokens
             running = (~done[alive]).nonzero()[:, 0]
             if len(running) == 0:

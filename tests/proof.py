@@ -61,12 +61,12 @@ def evaluate(name, seed, mode, limit):
 
 
 def outcomes(name, seed, mode):
-    """Per row: unified reward at lambdas 1, box IoU, mask IoU, format; and the counts for cIoU."""
+    """Per row: unified reward at lambdas 1, format, box IoU, mask IoU, is it mostly another place; counts for cIoU."""
     rows = [json.loads(line) for line in (RUNS / f"{name}-{seed}.{mode}.jsonl").read_text().splitlines()]
     I, U = (np.array([row[k] for row in rows], float) for k in ("intersection", "union"))
     box, form = (np.array([row[k] for row in rows], float) for k in ("box_iou", "format"))
     mask = np.where(U > 0, I / (U + 1e-5), 1)
-    return {"reward": form + box + mask, "format": form, "box_iou": box, "giou": mask, "I": I, "U": U}
+    return {"reward": form + box + mask, "format": form, "box_iou": box, "giou": mask, "missed": mask < 0.2, "I": I, "U": U}
 
 
 def bootstrap(gain, draws=10_000):
@@ -80,7 +80,7 @@ def summarize(variants, limit):
     result = {"command": "python tests/proof.py", "rows": limit, "means": {}, "gains": {}}
     found = {(n, s, m): outcomes(n, s, m) for n, s in variants for m in ("greedy", "sampled")}
     for (name, seed, mode), o in found.items():
-        means = {k: round(float(o[k].mean()), 4) for k in ("reward", "format", "box_iou", "giou")}
+        means = {k: round(float(o[k].mean()), 4) for k in ("reward", "format", "box_iou", "giou", "missed")}
         result["means"][f"{name}-{seed} {mode}"] = {**means, "ciou": round(float(o["I"].sum() / o["U"].sum()), 4)}
     for seed in sorted({s for n, s in variants if n == "rl"}):
         for other in ("align", "longer", "no_reward"):
@@ -92,13 +92,13 @@ def summarize(variants, limit):
 
 def table(result):
     """Markdown: means over seeds (with the range) per variant, then the gains per seed."""
-    lines = ["| | mode | reward | format | box IoU | gIoU | cIoU |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | mode | reward | format | box IoU | gIoU | cIoU | mask IoU < 0.2 |", "|---|---|---|---|---|---|---|---|"]
     for name, title in NAMES.items():
         for mode in ("greedy", "sampled"):
             rows = [m for k, m in result["means"].items() if k.split(" ")[1] == mode and k.rsplit("-", 1)[0] == name]
             if rows:
                 cells = []
-                for key in ("reward", "format", "box_iou", "giou", "ciou"):
+                for key in ("reward", "format", "box_iou", "giou", "ciou", "missed"):
                     values = [row[key] for row in rows]
                     spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
                     cells.append(f"{np.mean(values):.3f}{spread}")
