@@ -53,8 +53,8 @@ class EvaluateArgs:
         if bool(self.image) != bool(self.text):
             raise LensError("--image and --text go together")
         if not (self.checkpoint or self.curves or self.prompt_with == "box"):
-            raise LensError("--checkpoint is missing: the folder of a run (train one with align.py and train_rl.py; --preset "
-                            "tiny needs no download), or --prompt-with box for the MLLM and SAM as they come")
+            raise LensError("--checkpoint is missing: the folder of a run (train one with align.py and train_rl.py; "
+                            "--preset tiny needs no download), or --prompt-with box for the MLLM and SAM as they come")
 
 
 PRESETS = {"tiny": dict(TINY, eval_batch=50, limit=1000)}

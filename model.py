@@ -454,15 +454,17 @@ def load_sam(path):
     """SAM 2 from a folder (config.yaml, model.pt) or from a checkpoint under its official name, whose configuration
     the sam2 package holds. Built from that yaml as sam2.build_sam does without post-processing; loaded strictly."""
     path = Path(path)
-    config, weights = (path / "config.yaml", path / "model.pt") if path.is_dir() else (SAM_CONFIGS.get(path.name), path)
-    if config is None:
+    if path.is_dir():
+        config, weights, remedy = path / "config.yaml", path / "model.pt", "A folder has config.yaml and model.pt"
+    elif path.name in SAM_CONFIGS:
+        config, weights = Path(sam2.__path__[0]) / SAM_CONFIGS[path.name], path
+        remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} {path.name} --local-dir {path.parent}; "
+                  f"or try the method without any download: --preset tiny")
+    else:
         raise LensError(f"--sam {path}: not a folder, and not one of SAM 2's file names ({', '.join(SAM_CONFIGS)})")
-    if isinstance(config, str):
-        config = Path(sam2.__path__[0]) / config
-    if not weights.exists():
-        raise LensError(f"{weights} is missing. Download it: huggingface-cli download facebook/"
-                         f"{weights.stem.replace('_', '-')} {weights.name} --local-dir {weights.parent}; or try the method "
-                         f"without any download: --preset tiny.")
+    for file in (config, weights):
+        if not file.exists():
+            raise LensError(f"{file} is missing. {remedy}.")
     sam = instantiate(OmegaConf.load(config).model, _recursive_=True)
     try:
         sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
@@ -477,7 +479,7 @@ def load_mllm(path, dtype):
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise LensError(f"--mllm {path}: could not be loaded. Download it (huggingface-cli download {path}) or give the "
+        raise LensError(f"--mllm {path}: could not be loaded. Download it (hf download {path}) or give the "
                          f"folder that holds its config.json and safetensors; or try the method without any download: "
                          f"--preset tiny. ({str(error).splitlines()[0]})") from None
 

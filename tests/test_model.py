@@ -283,3 +283,17 @@ def test_forbidden_tokens():
         assert forbidden[tokenizer.convert_tokens_to_ids(token)]
     assert forbidden[len(tokenizer):].all() and not forbidden[tokenizer.eos_token_id]
     assert not forbidden[tokenizer("the red circle at [12, 34]").input_ids].any()
+
+
+@pytest.mark.parametrize("version", ["sam2", "sam2.1"])
+def test_official_sam_checkpoint_is_known_by_its_file_name(version, tmp_path):
+    """As the sam2 package builds and saves its smallest model; ours must load the same weights, strictly."""
+    from sam2.build_sam import build_sam2
+    theirs = build_sam2(f"configs/{version}/{version}_hiera_t.yaml", None, device="cpu", apply_postprocessing=False)
+    torch.save({"model": theirs.state_dict()}, tmp_path / f"{version}_hiera_tiny.pt")
+    ours = model.load_sam(tmp_path / f"{version}_hiera_tiny.pt")
+    state = ours.state_dict()
+    assert ours.image_size == 1024 and all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+    torch.save({"model": {}}, tmp_path / f"{version}_hiera_tiny.pt")
+    with pytest.raises(model.LensError, match="not the weights"):
+        model.load_sam(tmp_path / f"{version}_hiera_tiny.pt")

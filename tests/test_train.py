@@ -179,6 +179,7 @@ def refused(monkeypatch, capsys):
     (align, ("--steps", "many"), ("--steps", "many")),
     (align, ("--mllm", "nowhere"), ("nowhere", "Download it", "--preset tiny")),
     (align, ("--sam", "sam2_hiera_large.pt"), ("sam2_hiera_large.pt is missing", "Download it", "--preset tiny")),
+    (align, ("--sam", "docs"), ("docs/config.yaml is missing", "config.yaml and model.pt")),
     (align, ("--sam", "sam9.pt"), ("sam9.pt", "sam2_hiera_large.pt")),
     (align, ("--connector-heads", 7), ("--connector-heads 7", "hidden size")),
     (align, ("--max-prompt", 50), ("tokens, the limit is 50", "--max-prompt", "--max-pixels")),
