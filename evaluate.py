@@ -166,15 +166,15 @@ def segment_one(lens, processor, collate, picture, shared, args, device):
 
 def draw_curves(folder, output):
     """The reward parts and the policy's vital signs over the steps of a run, from its metrics.jsonl."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        raise LensError(f"{path} is missing: --curves takes the folder of a run")
     try:
         import matplotlib
     except ImportError:
         raise LensError("--curves needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
-        raise LensError(f"{path} is missing: --curves takes the folder of a run")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     names = [name for name in ("reward", "reward_format", "reward_box", "reward_mask", "loss_seg", "kl", "entropy",
                                "completion_length", "loss", "mask_iou", "grad_norm") if name in rows[0]]
