@@ -1,5 +1,6 @@
 """Metrics against an independent computation, evaluation on one process and several, one picture, curves."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_one_picture(world, aligned, tmp_path):
     """No preset: the run's folder knows its models. The picture is not the models' size."""
     picture = tmp_path / "wide.png"
     Image.open(ROOT / "docs/shapes.png").resize((300, 200)).save(picture)
-    done = run("python", "evaluate.py", "--checkpoint", aligned, "--image", picture, "--text", "the largest red circle", "--output",
+    done = run(sys.executable, "evaluate.py", "--checkpoint", aligned, "--image", picture, "--text", "the largest red circle", "--output",
                tmp_path / "overlay.png")
     overlay = np.array(Image.open(tmp_path / "overlay.png"))
     assert overlay.shape == (200, 300, 3) and "box:" in done.stdout and "mask:" in done.stdout
@@ -95,5 +96,5 @@ def test_overlay_tints_the_mask_and_draws_the_box():
 
 def test_curves(aligned, tmp_path):
     pytest.importorskip("matplotlib")
-    run("python", "evaluate.py", "--curves", aligned, "--output", tmp_path / "curves.png")
+    run(sys.executable, "evaluate.py", "--curves", aligned, "--output", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
