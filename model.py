@@ -117,6 +117,7 @@ def run(main):
     except LensError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     if dist.is_initialized():
+        dist.barrier()                                            # nobody leaves while another is still in a collective
         dist.destroy_process_group()
 
 

@@ -80,6 +80,7 @@ def main(what, out):
         dist.all_gather_object(everyone, equal)
         if rank == 0:
             torch.save({"equal": everyone, "sums": sums}, out)
+    dist.barrier()
     dist.destroy_process_group()
 
 
