@@ -507,9 +507,10 @@ def build_lens(args, folder=None, dtype=torch.float32):
     """-> (Lens, processor). With `folder`, a run's export: its MLLM (where it trained one), context module and SAM head."""
     folder = folder and Path(folder)
     if folder:
+        saved = read_run(folder)
         for name in ARCHITECTURE:
-            if getattr(args, name) != read_run(folder)[name]:
-                raise LensError(f"{folder} was trained with --{name.replace('_', '-')} {read_run(folder)[name]}, not "
+            if getattr(args, name) != saved[name]:
+                raise LensError(f"{folder} was trained with --{name.replace('_', '-')} {saved[name]}, not "
                                 f"{getattr(args, name)}")
         args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
     sam = load_sam(args.sam)
