@@ -29,8 +29,10 @@ from tqdm import tqdm
 
 from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box, select, to_device,
                   training_batches)
-from model import (TINY, SharedArgs, build_lens, export, flag, generate, load_checkpoint, on_device, pack_groups,
-                   parse_settings, prompt_positions, run, save_checkpoint, set_trainable, shard, start_processes)
+from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint, on_device,
+                   pack_groups, parse_settings, prompt_positions, run, save_checkpoint, set_trainable, shard,
+                   start_processes)
+from rewards import mask_iou
 
 
 @dataclass
@@ -38,6 +40,7 @@ class TrainArgs:
     """What both stages ask."""
     output: str = flag("runs/out", "folder for metrics.jsonl, checkpoints and the finished model")
     resume: bool = flag(False, "go on from OUTPUT's last checkpoint")
+    export: bool = flag(False, "with --resume: write OUTPUT's last checkpoint as a finished model and stop")
     init: str = flag("", "a finished run to start from")
     batch: int = flag(128, "prompts per step, over all processes")
     micro_batch: int = flag(1, "prompts per forward and backward pass of one process")
@@ -60,6 +63,8 @@ class TrainArgs:
                 raise LensError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if not self.lr > 0 or not 0 < self.adam_beta2 < 1 or not self.max_grad_norm > 0:
             raise LensError("--lr and --max-grad-norm must be positive, --adam-beta2 between 0 and 1")
+        if self.export and not self.resume:
+            raise LensError("--export goes with --resume: it writes OUTPUT's last checkpoint as a finished model")
         if min(self.steps, self.warmup, self.weight_decay) < 0:
             raise LensError("--steps, --warmup and --weight-decay must not be negative")
 
@@ -74,20 +79,18 @@ PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32
                         gradient_checkpointing=False, save_every=50)}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Pieces that both stages use
+# --- Pieces that both stages use ------------------------------------------------------------------
 
-
-def segmentation_loss(logits, truth, focal=False):
+def segmentation_loss(logits, truth, focal=False, weights=None):
     """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's; the paper names dice and
-    focal as examples). logits (N, h, w) at the decoder's resolution S/4; truth (N, h, w) in [0, 1], area-averaged to it.
-    -> (N,)"""
-    p = logits.sigmoid()
-    dice = 1 - (2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    focal as examples). logits (N, h, w) at the decoder's resolution S/4; truth (N, h, w) in [0, 1], area-averaged to it;
+    weights (N, h, w) in [0, 1], the share of each cell that is not ignored. -> (N,), 0 where all is ignored"""
+    p, weights = logits.sigmoid(), torch.ones_like(truth) if weights is None else weights
+    dice = 1 - (2 * (weights * p * truth).sum((1, 2)) + 1) / ((weights * (p + truth)).sum((1, 2)) + 1)
     pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     if focal:                                                        # Lin et al. 2017, gamma 2, alpha 0.25
         pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
-    return dice + pixel.mean((1, 2))
+    return dice + (weights * pixel).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)
 
 
 def learning_rate(step, total, warmup, shape):
@@ -113,7 +116,9 @@ def open_output(args, settings, rank):
     folder = Path(args.output)
     if (folder / "metrics.jsonl").exists() and not args.resume:
         raise LensError(f"{folder} holds a run already. Go on with it (--resume), name another --output, or remove it.")
-    if rank == 0:
+    if args.export and not list((folder / "checkpoints").glob("step_*")):
+        raise LensError(f"--export: there is no checkpoint in {folder / 'checkpoints'}")
+    if rank == 0 and not args.export:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps({k: v for s in settings for k, v in asdict(s).items()}, indent=2))
     dist.barrier()
@@ -177,16 +182,14 @@ def apply_update(lens, optimizer, factor, args, loss, step):
     return norm
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The response that the queries read
+# --- The response that the queries read -----------------------------------------------------------
 
-
-def true_answers(batch, tokenizer):
+def true_answers(batch, tokenizer, prompt):
     """The answer block with the true box, spoken in the MLLM frame, and the end token: list of B (T,)."""
     answers = []
     for box, mask, frame, text in zip(batch["boxes"], batch["masks"], batch["frames"], batch["texts"]):
         box = rescale_box(box, mask.shape[::-1], frame)
-        answers.append(torch.tensor(tokenizer(answer_text(box, text)).input_ids + [tokenizer.eos_token_id]))
+        answers.append(torch.tensor(tokenizer(answer_text(box, text, prompt=prompt)).input_ids + [tokenizer.eos_token_id]))
     return answers
 
 
@@ -220,42 +223,41 @@ class OwnAnswers:
         return [self.known[key] for key in batch["keys"]]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The stage
-
+# --- The stage ------------------------------------------------------------------------------------
 
 def align_step(lens, batch, answers, world, args):
     """Forward and backward of one pass of B prompts; gradients add up over passes. -> loss sum, mask IoU sum (tensors)."""
-    packed = pack_groups(batch["ids"], prompt_positions(lens.mllm, batch), [[a] for a in answers], lens.M)
-    packed = on_device(packed, batch["pixel_values"].device)
+    positions = context_positions(prompt_positions(lens.mllm, batch), lens.positions)
+    packed = on_device(pack_groups(batch["ids"], positions, [[a] for a in answers], lens.M), batch["pixel_values"].device)
     logits = lens(batch, packed, lens.encode_pictures(batch["sam_pixels"]), with_log_probs=False)["mask_logits"]
-    loss = segmentation_loss(logits, batch["low_masks"], args.focal).sum()
+    loss = segmentation_loss(logits, batch["low_masks"], args.focal, batch["low_weights"]).sum()
     (loss * world / args.batch).backward()               # FSDP averages over ranks, so this is the mean over the batch
-    predicted, truth = logits > 0, batch["low_masks"] > 0.5
-    union = (predicted | truth).sum((1, 2)).clamp(min=1)
-    return torch.stack([loss.detach(), ((predicted & truth).sum((1, 2)) / union).sum()])
+    iou = mask_iou(logits > 0, batch["low_masks"] > 0.5, batch["low_weights"] < 0.5)
+    return torch.stack([loss.detach(), iou.sum()])
 
 
 def main():
     shared, args = parse_settings([SharedArgs, AlignArgs], PRESETS, __doc__.splitlines()[0])
     rank, world, device, mesh = start_processes()
-    records = read_records(shared.data, shared.datasets, "train")[:shared.limit or None]
+    records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
     dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     folder = open_output(args, (shared, args), rank)
     lens, processor = build_lens(shared, args.init, dtype)        # frozen weights need no fp32 masters
     frozen = set_trainable(lens, "align")
-    lens.to(device).train()
+    lens.to(device).train().sam.eval()                            # SAM is frozen here; only --multimask sees the difference
     if args.gradient_checkpointing:
         lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
     shard(lens, mesh, shared.precision, replicated=frozen)
     optimizer = torch.optim.AdamW([{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
                                   lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt)
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total, args.batch, rank, world,
                               shared.workers)
     own = OwnAnswers(folder / "answers.jsonl", rank)
+    if args.export:
+        return export(folder, lens, shared)
     metrics = Metrics(folder, start, total, rank, args.log_to)
     began = time.time()
     for step, batch in enumerate(loader, start):
@@ -263,7 +265,7 @@ def main():
         if args.context == "own":
             answers = own(lens, batch, prompt_positions(lens.mllm, batch), shared.max_completion)
         else:
-            answers = true_answers(batch, processor.tokenizer)
+            answers = true_answers(batch, processor.tokenizer, shared.prompt)
         sums = 0
         for i in range(0, len(answers), args.micro_batch):
             part = range(i, i + args.micro_batch)

@@ -12,8 +12,8 @@ is True on a completion's tokens, the end token included, and False on the paddi
 Paper: its Eq. 8 has the ratio of whole outputs; ours is token by token, as in GRPO's own paper. The loss
 is -J, to be minimised; Eq. 12 as printed adds a loss to an objective that is maximised, so train_rl.py
 minimises -J + alpha L_seg. The KL of Eq. 9 is one of the policy, so it is taken on completion tokens.
-Released code: it divides by the sample standard deviation, 1/(G-1), where Eq. 6 has 1/G; and its ratio is
-exp(lp - stop_gradient(lp)), always 1, so that it never clips. We take the paper's.
+Released code: it divides by the sample standard deviation, 1/(G-1), where Eq. 6 has 1/G (correction=1 does so); and
+its ratio is exp(lp - stop_gradient(lp)), always 1, so that it never clips. We take the paper's.
 
 Do not look for progress in the loss. With one update per batch the ratio is 1 and a group's advantages
 sum to zero, so the value starts at about 0, and then it rises by beta times the KL. Its gradient is not
@@ -23,20 +23,20 @@ Watch the rewards.
 import torch
 
 
-def group_advantages(rewards, delta=1e-4):
+def group_advantages(rewards, delta=1e-4, correction=0):
     """Rewards (..., G) of the samples of a group -> their advantages (..., G).
 
     Eq. 6: mu = 1/G sum r_i and sigma = sqrt(1/G sum (r_i - mu)^2), the population's standard deviation.
     Eq. 7: A_i = (r_i - mu) / (sigma + delta).
 
-    [1, 0, 0, 0] gives [1.732, -0.577, -0.577, -0.577]; the sample standard deviation of the released code
-    would give [1.5, -0.5, -0.5, -0.5]. A group of equal rewards teaches nothing: exactly 0.
+    [1, 0, 0, 0] gives [1.732, -0.577, -0.577, -0.577]; correction=1 is the sample standard deviation of the
+    released code, 1/(G-1), and gives [1.5, -0.5, -0.5, -0.5]. A group of equal rewards teaches nothing: exactly 0.
     """
     # Taking the group's first reward off all of them changes nothing in Eq. 7 but makes equal rewards exact
     # zeros. The mean of three times 0.1 is not quite 0.1, and that rounding would pass for an advantage.
     rewards = rewards - rewards[..., :1]
     centred = rewards - rewards.mean(-1, keepdim=True)
-    sigma = centred.square().mean(-1, keepdim=True).sqrt()  # (..., 1)
+    sigma = (centred.square().sum(-1, keepdim=True) / (rewards.shape[-1] - correction)).sqrt()  # (..., 1)
     return centred / (sigma + delta)
 
 

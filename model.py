@@ -13,9 +13,10 @@ in which completion i sees the prompt and itself only, at the positions it would
 separate forwards (tests/test_model.py), for the cost of one prompt. The vision tower and SAM's image encoder run once
 per picture. The released code forwards every sample in full and encodes every copy of the picture.
 
-Departures. Positions are Qwen's 3-D M-RoPE in every pass; the released context pass falls back to 1-D ones. The
-connector hands all M tokens to SAM (our reading of Eq. 3); the released one squeezes them into one
-(`--prompt-tokens one`). Logits exist for completion tokens only and in chunks, never as (L, V).
+Departures. Positions are Qwen's 3-D M-RoPE in every pass; the released context pass falls back to 1-D ones
+(`--positions 1d`). The connector hands all M tokens to SAM (our reading of Eq. 3); the released one squeezes them into
+one (`--prompt-tokens one`). Logits exist for completion tokens only and in chunks, never as (L, V). `--profile released`
+switches all that differs, and a folder that the authors published is read as it is (tests/extras/released.py).
 
 Letters: B prompts, G samples per prompt, N = B * G, P prompt tokens, T completion tokens, L row length, M context
 queries, C hidden size, V vocabulary, K prompt tokens to SAM, D SAM's width, S SAM's picture side.
@@ -37,21 +38,22 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from hydra.utils import instantiate
+from huggingface_hub import hf_hub_download
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, HfArgumentParser
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, HfArgumentParser)
 
-from data import LensError
+from data import LensError, extra
 
-# ----------------------------------------------------------------------------------------------------------------
-# Settings that every script shares; each script adds its own dataclass
-
+# --- Settings that every script shares; each script adds its own dataclass ------------------------
 
 def flag(default, help):
     """A dataclass field with the text that --help shows."""
@@ -62,15 +64,20 @@ def flag(default, help):
 @dataclass
 class SharedArgs:
     mllm: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "Hugging Face id or folder of the multimodal LLM")
-    sam: str = flag("weights/sam2_hiera_large.pt", "SAM 2 checkpoint under its official file name, or a folder with "
-                                                   "config.yaml and model.pt")
+    sam: str = flag("weights/sam2_hiera_large.pt", "SAM 2 or 2.1: a checkpoint under its official name, a hub id "
+                                                   "(facebook/sam2.1-hiera-large) or a folder (config.yaml, model.pt)")
     num_queries: int = flag(64, "M, context queries (Table 3)")
     connector: Literal["vit", "mlp"] = flag("vit", "connector between MLLM and SAM (Table 4)")
     connector_heads: int = flag(16, "attention heads of the ViT connector; must divide the MLLM's hidden size")
     prompt_tokens: Literal["all", "one"] = flag("all", "tokens SAM is prompted with: all M, or one squeezed from them "
                                                        "(released code)")
-    data: str = flag("datasets", "folder that holds refer_seg/ (see data.py)")
-    datasets: list[str] = flag(["refcoco", "refcoco+", "refcocog"], "datasets to read below it")
+    prompt: Literal["paper", "released", "released-cot"] = flag("paper", "Fig. 4's prompt, or the released code's without "
+                                                                         "and with reasoning")
+    positions: Literal["mrope", "1d"] = flag("mrope", "positions in the context pass; 1d: the released code's")
+    multimask: bool = flag(False, "outside stage 2, let SAM fall back on its multi-mask tokens where one mask is "
+                                  "unstable (released code)")
+    data: str = flag("datasets", "folder that holds the datasets, laid out as data.py says")
+    datasets: list[str] = flag(["refcoco", "refcoco+", "refcocog"], "datasets to read below it, mixed in training")
     max_pixels: int = flag(0, "cap on the pixels of the MLLM's picture; 0 keeps the processor's own (default smart resize)")
     max_prompt: int = flag(2048, "longest prompt, in tokens; a longer one is an error, never cut")
     max_completion: int = flag(768, "longest completion, in tokens")
@@ -88,22 +95,30 @@ class SharedArgs:
 
 
 ARCHITECTURE = ("num_queries", "connector", "connector_heads", "prompt_tokens")
+INHERITED = (*ARCHITECTURE, "prompt", "positions", "multimask")         # what stage 2 takes over from stage 1
+PROFILES = {"paper": {}, "released": dict(
+    prompt="released", positions="1d", multimask=True, prompt_tokens="one", max_pixels=1_000_000, context="true",
+    iou_power=2.0, deviation="sample", lambda_format=0.0)}
 
 
 def parse_settings(classes, presets, description):
-    """Command line -> one instance per dataclass. Defaults come from the class, then from `--preset`, then from the run
-    that `--checkpoint` names (all but --limit) or `--init` (its architecture); flags override all. An unknown flag or a
-    value out of range ends with one line."""
+    """Command line -> one instance per dataclass. Defaults come from the class, then from `--preset` and `--profile`, then
+    from the run that `--checkpoint` names (all but --limit) or `--init` (its architecture); flags override all. An unknown
+    flag or a value out of range ends with one line."""
+    presets = {"2b": LENS_2B, "3b": LENS_3B, **presets}
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets), help="defaults for a whole set-up; flags override them")
+    parser.add_argument("--profile", choices=list(PROFILES), default="paper", help="whose choices are the defaults where "
+                        "the paper and the released code differ")
     early = lambda: parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
     parser.set_defaults(**presets.get(early().preset, {}))
+    parser.set_defaults(**PROFILES[early().profile])
     checkpoint, init = getattr(early(), "checkpoint", ""), getattr(early(), "init", "")
     try:
         if checkpoint:
             parser.set_defaults(**{name: value for name, value in read_run(checkpoint).items() if name != "limit"})
         elif init and (Path(init) / "lens.json").exists():
-            parser.set_defaults(**{name: read_run(init)[name] for name in ARCHITECTURE})
+            parser.set_defaults(**{name: value for name, value in read_run(init).items() if name in INHERITED})
         values = vars(parser.parse_args())
         return [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in classes]
     except LensError as error:
@@ -121,12 +136,12 @@ def run(main):
         dist.destroy_process_group()
 
 
+LENS_2B = dict(mllm="Qwen/Qwen2-VL-2B-Instruct")
+LENS_3B = dict(mllm="Qwen/Qwen2.5-VL-3B-Instruct")
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", num_queries=8, connector_heads=4, data="runs/shapes",
             datasets=["shapes"], max_completion=64, precision="fp32", workers=0)
 
-# ----------------------------------------------------------------------------------------------------------------
-# The parts: connector (Eq. 3) and SAM's head (Eq. 4)
-
+# --- The parts: connector (Eq. 3) and SAM's head (Eq. 4) ------------------------------------------
 
 class Block(nn.Module):
     """One pre-norm transformer block, bidirectional over the M queries."""
@@ -201,15 +216,19 @@ class SamHead(nn.Module):
         return self.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The group forward
-
+# --- The group forward ----------------------------------------------------------------------------
 
 def prompt_positions(mllm, batch):
     """3-D M-RoPE positions of each prompt: list of B (3, P_b) long, on the CPU."""
     grids = batch["grid_thw"].cpu()
     return [mllm.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=grids[b:b + 1])[0][:, 0]
             for b, (ids, types) in enumerate(zip(batch["ids"], batch["types"]))]
+
+
+def context_positions(positions, kind):
+    """Positions of the context pass: the MLLM's own, or 0, 1, 2, ... on all three axes (`--positions 1d`), which is what
+    the released code's context pass falls back to."""
+    return positions if kind == "mrope" else [torch.arange(p.shape[1]).expand(3, -1) for p in positions]
 
 
 def pack_groups(prompt_ids, positions, completions, M):
@@ -263,23 +282,29 @@ def group_mask(segments):
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
-def embed(mllm, ids, pixel_values, grid_thw):
-    """Token embeddings (B, L, C) with each picture's features in its place."""
-    embeds = mllm.model.language_model.embed_tokens(ids)
-    features = torch.cat(mllm.model.get_image_features(pixel_values, grid_thw).pooler_output)      # (picture tokens, C)
-    return embeds.masked_scatter((ids == mllm.config.image_token_id)[..., None], features.to(embeds.dtype))
+def embed(mllm, ids, batch):
+    """Token embeddings (B, L, C) with each picture's features in their place -> what the language model takes them as.
+    Qwen3-VL adds features of its vision tower's inner layers in its first layers as well."""
+    features = mllm.model.get_image_features(batch["pixel_values"], batch["grid_thw"])
+    embeds, of_picture = mllm.model.language_model.embed_tokens(ids), ids == mllm.config.image_token_id
+    inputs = {"inputs_embeds": embeds.masked_scatter(of_picture[..., None],
+                                                     torch.cat(features.pooler_output).to(embeds.dtype))}
+    if mllm.config.model_type == "qwen3_vl":
+        inputs["visual_pos_masks"] = of_picture
+        inputs["deepstack_visual_embeds"] = [torch.cat(layer) for layer in features.deepstack_features]
+    return inputs
 
 
 def group_hidden(mllm, batch, packed, queries=None):
     """Eq. 2 for whole groups: the MLLM's last hidden states, flat (B * L, C), of packed rows."""
-    embeds = embed(mllm, packed["ids"], batch["pixel_values"], batch["grid_thw"])
-    B, L, C = embeds.shape
+    inputs = embed(mllm, packed["ids"], batch)
+    B, L, C = inputs["inputs_embeds"].shape
     if queries is not None:                                                  # (M, C), the same for all N completions
-        where = packed["queries"].flatten()
-        embeds = embeds.view(B * L, C).index_copy(0, where, queries.to(embeds.dtype).repeat(len(packed["queries"]), 1))
-    return mllm.model.language_model(inputs_embeds=embeds.view(B, L, C), position_ids=packed["positions"],
-                                     attention_mask=group_mask(packed["segments"]), use_cache=False
-                                     ).last_hidden_state.view(B * L, C)
+        flat, where = inputs["inputs_embeds"].view(B * L, C), packed["queries"].flatten()
+        flat = flat.index_copy(0, where, queries.to(flat.dtype).repeat(len(packed["queries"]), 1))
+        inputs["inputs_embeds"] = flat.view(B, L, C)
+    return mllm.model.language_model(**inputs, position_ids=packed["positions"], use_cache=False,
+                                     attention_mask=group_mask(packed["segments"])).last_hidden_state.view(B * L, C)
 
 
 def policy_logits(lm_head, hidden, forbidden, temperature):
@@ -320,6 +345,8 @@ class Lens(nn.Module):
         self.connector = Connector(C, args.num_queries, D, args.connector, args.connector_heads, args.prompt_tokens)
         self.register_buffer("forbidden", forbidden, persistent=False)              # (V,) bool: never sampled
         self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
+        self.prompt, self.positions = args.prompt, args.positions
+        self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.multimask      # in eval mode only
 
     @torch.no_grad()
     def encode_pictures(self, sam_pixels):
@@ -366,9 +393,7 @@ def full_size_masks(logits, size):
     return F.interpolate(logits[None].float(), tuple(size), mode="bilinear", align_corners=False)[0] > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Sampling (Eq. 1)
-
+# --- Sampling (Eq. 1) -----------------------------------------------------------------------------
 
 def pick_tokens(logits, uniforms=None):
     """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in [0, 1)."""
@@ -396,8 +421,7 @@ def prefill(mllm, batch, positions, G):
     attention = torch.stack([left(torch.ones_like(ids)) for ids in batch["ids"]]).to(device)
     position = torch.stack([left(p) for p in positions], 1).to(device)                                      # (3, B, P)
     cache = DynamicCache(config=mllm.config.text_config)
-    embeds = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
-    hidden = mllm.model.language_model(inputs_embeds=embeds, position_ids=position, attention_mask=attention,
+    hidden = mllm.model.language_model(**embed(mllm, ids, batch), position_ids=position, attention_mask=attention,
                                        past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     cache.batch_repeat_interleave(G)
     return (hidden.repeat_interleave(G, 0), cache, attention.repeat_interleave(G, 0),
@@ -443,18 +467,22 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
     return group(rows), group(done.tolist())
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Loading and saving
+# --- Loading and saving ---------------------------------------------------------------------------
 
-SAM_CONFIGS = {f"{version}_hiera_{size}.pt": f"configs/{version}/{version}_hiera_{short}.yaml"
-               for version in ("sam2", "sam2.1")
-               for size, short in (("tiny", "t"), ("small", "s"), ("base_plus", "b+"), ("large", "l"))}
+SAM_CONFIGS = {file: config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}       # official file name -> its yaml
 
 
-def load_sam(path):
-    """SAM 2 from a folder (config.yaml, model.pt) or from a checkpoint under its official name, whose configuration
-    the sam2 package holds. Built from that yaml as sam2.build_sam does without post-processing; loaded strictly."""
-    path = Path(path)
+def load_sam(path, with_weights=True):
+    """SAM 2 from a folder (config.yaml, model.pt), a checkpoint under its official name or a hub id; the sam2 package holds
+    the official configurations. Built from that yaml as sam2.build_sam does without post-processing; loaded strictly."""
+    if path in HF_MODEL_ID_TO_FILENAMES and with_weights:
+        try:
+            path = hf_hub_download(path, HF_MODEL_ID_TO_FILENAMES[path][1])
+        except (OSError, ValueError) as error:
+            raise LensError(f"--sam {path}: could not be fetched. Download it where there is a network (hf download {path} "
+                            f"{HF_MODEL_ID_TO_FILENAMES[path][1]} --local-dir weights) and give --sam "
+                            f"weights/{HF_MODEL_ID_TO_FILENAMES[path][1]} ({str(error).splitlines()[0]})") from None
+    path = Path(HF_MODEL_ID_TO_FILENAMES.get(str(path), (0, path))[1])
     if path.is_dir():
         config, weights, remedy = path / "config.yaml", path / "model.pt", "A folder has config.yaml and model.pt"
     elif path.name in SAM_CONFIGS:
@@ -462,15 +490,17 @@ def load_sam(path):
         remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} {path.name} --local-dir {path.parent}; "
                   f"or try the method without any download: --preset tiny")
     else:
-        raise LensError(f"--sam {path}: not a folder, and not one of SAM 2's file names ({', '.join(SAM_CONFIGS)})")
-    for file in (config, weights):
+        raise LensError(f"--sam {path}: not a folder, not one of SAM 2's file names ({', '.join(SAM_CONFIGS)}), and not one "
+                        f"of its hub ids ({', '.join(HF_MODEL_ID_TO_FILENAMES)})")
+    for file in (config, weights) if with_weights else (config,):
         if not file.exists():
             raise LensError(f"{file} is missing. {remedy}.")
     sam = instantiate(OmegaConf.load(config).model, _recursive_=True)
     try:
-        sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
+        if with_weights:
+            sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
     except Exception as error:
-        raise LensError(f"{weights}: not the weights of {config} ({error})") from None
+        raise LensError(f"{weights}: not the weights of {config} ({str(error)[:300]})") from None
     return sam
 
 
@@ -478,24 +508,36 @@ def load_mllm(path, dtype):
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL by its own config, and its processor. Never cast a Qwen model afterwards as a
     whole: its rotary frequencies are a buffer that must stay fp32."""
     try:
+        family = AutoConfig.from_pretrained(path).model_type
+        if family not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            raise ValueError(f"its config says {family}, which is none of qwen2_vl, qwen2_5_vl, qwen3_vl")
         return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype), AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LensError(f"--mllm {path}: could not be loaded. Download it (hf download {path}) or give the "
                          f"folder that holds its config.json and safetensors; or try the method without any download: "
                          f"--preset tiny. ({str(error).splitlines()[0]})") from None
 
 
-def forbidden_tokens(tokenizer, vocab_size):
+def forbidden_tokens(tokenizer, vocab_size, prompt="paper"):
     """(V,) bool: what must never be sampled. Every special token but the end token (a sampled picture token would break
-    the next forward), and rows of the vocabulary beyond the tokenizer's last token."""
+    the next forward), and rows of the vocabulary beyond the tokenizer's last token. Answers to the released prompts may
+    hold Qwen's own marks of an object and its box."""
     forbidden = torch.arange(vocab_size) >= len(tokenizer)
-    forbidden[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks = () if prompt == "paper" else ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
+    forbidden[[i for i, token in special.items() if token not in marks]] = True
     forbidden[tokenizer.eos_token_id] = False
     return forbidden
 
 
+def is_released(folder):
+    return bool(folder) and not (Path(folder) / "lens.json").exists() and (Path(folder) / "config.json").exists()
+
+
 def read_run(folder):
-    """The shared settings of a finished run."""
+    """The shared settings of a finished run, or those that a published checkpoint needs."""
+    if is_released(folder):
+        return {**PROFILES["released"], **extra("released").settings(Path(folder))}
     try:
         return json.loads((Path(folder) / "lens.json").read_text())
     except OSError:
@@ -504,29 +546,33 @@ def read_run(folder):
 
 
 def build_lens(args, folder=None, dtype=torch.float32):
-    """-> (Lens, processor). With `folder`, a run's export: its MLLM (where it trained one), context module and SAM head."""
-    folder = folder and Path(folder)
-    if folder:
-        saved = read_run(folder)
-        for name in ARCHITECTURE:
-            if getattr(args, name) != saved[name]:
-                raise LensError(f"{folder} was trained with --{name.replace('_', '-')} {saved[name]}, not "
-                                f"{getattr(args, name)}")
-        args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
-    sam = load_sam(args.sam)
-    mllm, processor = load_mllm(args.mllm, dtype)
+    """-> (Lens, processor). With `folder`, a run's export: its MLLM (where it trained one), context module and SAM head; or
+    a folder as the authors published it."""
+    folder, released = folder and Path(folder), is_released(folder)
+    saved = read_run(folder) if folder else {}
+    for name in ARCHITECTURE:
+        if saved and getattr(args, name) != saved[name]:
+            raise LensError(f"{folder} was trained with --{name.replace('_', '-')} {saved[name]}, not {getattr(args, name)}")
+    sam = load_sam(args.sam, with_weights=not released)
+    if released:
+        mllm, context, wrong = extra("released").load_released(folder, sam, dtype)
+        processor = AutoProcessor.from_pretrained(folder)
+    else:
+        args.mllm = str(folder / "mllm") if folder and (folder / "mllm").exists() else args.mllm
+        mllm, processor = load_mllm(args.mllm, dtype)
     if args.max_pixels:
         processor.image_processor.size = {**dict(processor.image_processor.size), "longest_edge": args.max_pixels}
     torch.manual_seed(args.seed)                                                # the initial queries and connector
-    forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features)
+    forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features, args.prompt)
     lens = Lens(mllm, sam, args, forbidden, processor.tokenizer.eos_token_id)
-    if folder:
-        for name, module in (("context", context_module(lens)), ("sam", lens.sam)):
-            try:
-                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            except (OSError, RuntimeError) as error:
-                raise LensError(f"{folder / name}.safetensors does not fit --mllm {args.mllm} and --sam {args.sam}: it "
-                                 f"belongs to another architecture ({str(error).splitlines()[0]})") from None
+    if released:
+        extra("released").fill_context(folder, context_module(lens), context, wrong)
+    for name, module in (("context", context_module(lens)), ("sam", lens.sam)) if folder and not released else ():
+        try:
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise LensError(f"{folder / name}.safetensors does not fit --mllm {args.mllm} and --sam {args.sam}: it "
+                            f"belongs to another architecture ({str(error).splitlines()[0]})") from None
     return lens, processor
 
 
@@ -563,9 +609,7 @@ def export(folder, lens, args, mllm=None):
     dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Processes: torch.distributed, FSDP2, resumable checkpoints
-
+# --- Processes: torch.distributed, FSDP2, resumable checkpoints -----------------------------------
 
 def start_processes():
     """-> rank, world size, device, mesh. Under torchrun N processes; without it one, through the same code."""

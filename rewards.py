@@ -12,8 +12,8 @@ gives a result, in linear time and without an exception.
 Paper: the tags are those of Fig. 4; its text says <thinking>. R_box does not depend on R_format, so that
 Table 5 can switch them one by one. Two empty masks have IoU 1, as in the metric; the paper is silent.
 Released code: it squares both IoUs (here the caller may, --iou-power 2), scores no format on RefCOCO, takes
-the first box in the whole text, the thinking included, loses a box to a space before a comma, and can divide
-by zero on an inverted box.
+the first box in the whole text, the thinking included (find_box does, for its prompts alone), loses a box to
+a space before a comma, and can divide by zero on an inverted box.
 """
 import json
 import math
@@ -63,6 +63,19 @@ def _read_json(text):
         parse_constant=refuse,  # NaN, Infinity, -Infinity
         object_pairs_hook=lambda pairs: dict(reversed(pairs)),  # a key given twice: the first counts
     )
+
+
+NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
+ANY_BOX = re.compile(rf"[\[(]\s*{NUMBER},\s*{NUMBER}\)?,\s*\(?{NUMBER},\s*{NUMBER}\s*[\])]")
+
+
+def find_box(text, prompt="paper"):
+    """The box of an answer to Fig. 4's prompt is parse_box's. The released prompts (`--prompt`) ask for no answer block:
+    there it is the first one anywhere, "[x1, y1, x2, y2]" or "(x1,y1),(x2,y2)". -> four floats or None."""
+    if prompt == "paper":
+        return parse_box(text)
+    found = ANY_BOX.search(text)
+    return found and tuple(map(float, found.groups()))
 
 
 def format_reward(text):

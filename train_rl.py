@@ -23,6 +23,7 @@ the compute precision samples, refreshed after every update on every rank; the r
 """
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,10 @@ import torch.distributed as dist
 from align import (Metrics, TrainArgs, apply_update, learning_rate, open_output, plan_steps, segmentation_loss)
 from data import Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device, training_batches
 from grpo import group_advantages, grpo_loss
-from model import (TINY, Reference, SharedArgs, build_lens, copy_mllm, draw_uniforms, export, flag, full_size_masks,
-                   generate, load_checkpoint, on_device, pack_groups, parse_settings, prompt_positions, refresh, run,
-                   save_checkpoint, set_trainable, shard, start_processes)
-from rewards import box_iou, format_reward, mask_iou, parse_box, unified_reward
+from model import (TINY, Reference, SharedArgs, build_lens, context_positions, copy_mllm, draw_uniforms, export, flag,
+                   full_size_masks, generate, load_checkpoint, on_device, pack_groups, parse_settings, prompt_positions,
+                   refresh, run, save_checkpoint, set_trainable, shard, start_processes)
+from rewards import box_iou, find_box, format_reward, mask_iou, unified_reward
 
 
 @dataclass
@@ -54,6 +55,7 @@ class RLArgs(TrainArgs):
     lambda_box: float = flag(1.0, "lambda_2 of Eq. 11")
     lambda_mask: float = flag(1.0, "lambda_3 of Eq. 11")
     iou_power: float = flag(1.0, "R_box and R_seg are IoU to this power (2: released code)")
+    deviation: Literal["population", "sample"] = flag("population", "sigma of Eq. 6; sample: the released code's")
     alpha: float = flag(1.0, "weight of the segmentation loss (Eq. 12)")
 
     def __post_init__(self):
@@ -75,18 +77,16 @@ PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", bat
 # 0.4) and drowns it; Adam does not notice the factor in the context module and SAM, which get no other gradient.
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Samples and their rewards
+# --- Samples and their rewards --------------------------------------------------------------------
 
-
-def text_rewards(texts, finished, batch, power):
+def text_rewards(texts, finished, batch, power, prompt="paper"):
     """R_format and R_box of B groups of G texts -> (B, G) each. A cut completion has no end token, so its format is not
     whole; its box counts. The box is spoken in the MLLM frame and judged in the picture frame."""
     r_format, r_box = [], []
     for b, group in enumerate(texts):
         height, width = batch["masks"][b].shape
         r_format.append([format_reward(text) * done for text, done in zip(group, finished[b])])
-        boxes = [parse_box(text) for text in group]
+        boxes = [find_box(text, prompt) for text in group]
         boxes = [box and rescale_box(box, batch["frames"][b], (width, height)) for box in boxes]
         r_box.append([box_iou(box, batch["boxes"][b]) ** power for box in boxes])
     return torch.tensor(r_format), torch.tensor(r_box)
@@ -96,25 +96,24 @@ def mask_rewards(mask_logits, batch, power):
     """R_seg (B, G) of mask logits (B * G, S/4, S/4), taken at each picture's own size."""
     groups = mask_logits.view(len(batch["masks"]), -1, *mask_logits.shape[1:])
     device = mask_logits.device
-    return torch.stack([mask_iou(full_size_masks(logits, truth.shape), truth.to(device)) ** power
-                        for logits, truth in zip(groups, batch["masks"])])
+    return torch.stack([mask_iou(full_size_masks(logits, truth.shape), truth.to(device), ignore.to(device)) ** power
+                        for logits, truth, ignore in zip(groups, batch["masks"], batch["ignores"])])
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# One pass over a few groups: forward, rewards, loss, backward
-
+# --- One pass over a few groups: forward, rewards, loss, backward ---------------------------------
 
 def policy_pass(lens, reference, part, args, world):
     """Forward and backward of the groups in `part`; gradients add up over passes and are averaged over the whole batch.
 
-    part: {"batch", "packed", "r_format", "r_box"} of some groups. The first pass over them adds what later updates on
-    the same samples need: SAM's features, the old and the reference log-probs, the rewards and the advantages.
+    part: {"batch", "packed", "text_positions", "r_format", "r_box"} of some groups. The first pass over them adds what
+    later updates on the same samples need: SAM's features, old and reference log-probs, rewards and advantages.
     -> sums over the groups, in the order of SUMS.
     """
     batch, packed = part["batch"], part["packed"]
     if "features" not in part:
         part["features"] = lens.encode_pictures(batch["sam_pixels"])
-        part["reference"] = reference(batch, packed, args.temperature) if reference else None
+        text_only = {**packed, **part["text_positions"]}
+        part["reference"] = reference(batch, text_only, args.temperature) if reference else None
     out = lens(batch, packed, part["features"], args.temperature)
     log_probs, mask = out["log_probs"], packed["mask"]
     if "advantages" not in part:
@@ -122,11 +121,11 @@ def policy_pass(lens, reference, part, args, world):
         part["r_mask"] = mask_rewards(out["mask_logits"].detach(), batch, args.iou_power)
         part["reward"] = unified_reward(part["r_format"], part["r_box"], part["r_mask"],
                                         (args.lambda_format, args.lambda_box, args.lambda_mask))       # Eq. 11, (B, G)
-        part["advantages"] = group_advantages(part["reward"])
+        part["advantages"] = group_advantages(part["reward"], correction=int(args.deviation == "sample"))
     policy_loss, stats = grpo_loss(log_probs, part["old"], part["reference"], part["advantages"].flatten(), mask,
                                    args.clip_eps, args.beta)
-    truth = batch["low_masks"].repeat_interleave(args.group_size, 0)
-    loss_seg = segmentation_loss(out["mask_logits"], truth, args.focal).mean()
+    truth, weights = (batch[name].repeat_interleave(args.group_size, 0) for name in ("low_masks", "low_weights"))
+    loss_seg = segmentation_loss(out["mask_logits"], truth, args.focal, weights).mean()
     loss = policy_loss + args.alpha * loss_seg                                                         # Eq. 12
     B = len(batch["ids"])
     (loss * B * world / args.batch).backward()                    # FSDP averages over ranks: a mean over all groups
@@ -148,9 +147,13 @@ def make_parts(lens, batch, positions, completions, texts, finished, args):
     for i in range(0, len(completions), args.micro_batch):
         some = slice(i, i + args.micro_batch)
         sub = select(batch, range(len(completions))[some])
-        packed = on_device(pack_groups(sub["ids"], positions[some], completions[some], lens.M), device)
-        r_format, r_box = text_rewards(texts[some], finished[some], sub, args.iou_power)
-        parts.append({"batch": sub, "packed": packed, "r_format": r_format.to(device), "r_box": r_box.to(device)})
+        pack = lambda kind: on_device(pack_groups(sub["ids"], context_positions(positions[some], kind), completions[some],
+                                                  lens.M), device)
+        r_format, r_box = text_rewards(texts[some], finished[some], sub, args.iou_power, lens.prompt)
+        # with --positions 1d the context pass alone has those; the reference keeps the MLLM's own, as the released code's
+        text_positions = {} if lens.positions == "mrope" else {"positions": pack("mrope")["positions"]}
+        parts.append({"batch": sub, "packed": pack(lens.positions), "text_positions": text_positions,
+                      "r_format": r_format.to(device), "r_box": r_box.to(device)})
     return parts
 
 
@@ -175,7 +178,7 @@ def parameter_groups(lens, args):
 def main():
     shared, args = parse_settings([SharedArgs, RLArgs], PRESETS, __doc__.splitlines()[0])
     rank, world, device, mesh = start_processes()
-    records = read_records(shared.data, shared.datasets, "train")[:shared.limit or None]
+    records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
     folder = open_output(args, (shared, args), rank)
     lens, processor = build_lens(shared, None if args.init == "none" else args.init)
@@ -192,7 +195,9 @@ def main():
                                   weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
     refresh(sampler, lens.mllm)
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt)
+    if args.export:
+        return export(folder, lens, shared, (sampler, processor))
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total, args.batch, rank, world,
                               shared.workers)
     metrics = Metrics(folder, start, total, rank, args.log_to)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/extras")]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=str(ROOT))
 
 import pytest
@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 torch.set_num_threads(1)
 
-import data
+import shapes_world
 
 IMAGE, END, VOCABULARY = 255, 2, 256
 
@@ -66,7 +66,8 @@ def random_completions(B=2, G=3, longest=9, seed=2):
 @pytest.fixture
 def lens():
     from model import Lens
-    args = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all")
+    args = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all", prompt="paper",
+                           positions="mrope", multimask=False)
     forbidden = torch.arange(VOCABULARY) >= 250
     return Lens(random_mllm(), random_sam(), args, forbidden, END)
 
@@ -96,7 +97,7 @@ def rows(folder):
 def world(tmp_path_factory):
     """A small shapes world for the command-line tests."""
     root = tmp_path_factory.mktemp("data")
-    data.write_shapes_world(root, splits={"train": 48, "val": 12, "testA": 4, "testB": 4})
+    shapes_world.write_shapes_world(root, splits={"train": 48, "val": 12, "testA": 4, "testB": 4})
     return root
 
 

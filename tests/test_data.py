@@ -1,5 +1,5 @@
-"""data.py: a hand-made REFER folder, every broken file by name, order across processes, the prompt and its frames, and the
-shapes world, whose English is read back by an interpreter of its own."""
+"""data.py: every format on small hand-made data, every broken file by name, polygons against an oracle, order across
+processes, the prompt and its frames, and the shapes world, whose English is read back by an interpreter of its own."""
 import builtins
 import json
 import multiprocessing
@@ -7,20 +7,24 @@ import os
 import pickle
 import random
 import re
+import sys
 from collections import Counter
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 from pycocotools import mask as coco
 
 import data
-from data import (Collator, EvaluationRows, LensError, TrainingStream, answer_text, chat_messages, decode_mask, load_item,
-                  load_picture, mllm_frame, read_records, read_refcoco, read_refs, rescale_box, sam_picture, select,
-                  to_device, training_batches)
+import check_data
+import shapes_world
+from polygons import fill_polygon
+from data import (Collator, EvaluationRows, LensError, TrainingStream, answer_text, chat_messages, decode_mask, extent,
+                  find_datasets, load_item, load_picture, mllm_frame, read_dataset, read_lines, read_reasonseg,
+                  read_records, read_refcoco, read_refs, rescale_box, sam_picture, select, to_device, training_batches)
 from rewards import format_reward, parse_box
 
 SIDE = 128
@@ -37,7 +41,7 @@ def refuses(action, *fragments):
     with pytest.raises(LensError) as caught:
         action()
     message = str(caught.value)
-    assert type(caught.value) is LensError and "Traceback" not in message
+    assert type(caught.value) is LensError and "Traceback" not in message and "\n" not in message
     for fragment in fragments:
         assert str(fragment) in message, message
 
@@ -153,28 +157,30 @@ class Refer:
 
     def read(self):
         """What a run does: all records of a split, then every expression of every object."""
-        return [load_item(record, i) for record in read_records(self.root, [self.dataset], "train")
+        return [load_item(record, i) for record in read_records(self.root, [self.dataset], ["train"])
                 for i in range(len(record["texts"]))]
 
 
 def test_records_by_hand(tmp_path):
     refer = Refer(tmp_path)
-    first, spot, ends = read_refcoco(tmp_path, "refcoco", "train")
-    assert first["id"] == "refcoco/1" and first["size"] == (30, 40)
+    first, spot, ends = read_refcoco(tmp_path, "refcoco", ["train"])
+    assert first["id"] == "refcoco/1" and first["size"] == (30, 40) and first["split"] == "train"
     assert first["texts"] == ["the left one", "left", "one on the left"]       # sent, not raw
     assert first["image"] == str(refer.picture)                                # image_id's picture; file_name is no file
     assert first["box"] == (4, 5, 20, 18)                                      # 4 + 16, 5 + 13
     assert (spot["id"], spot["texts"], spot["size"]) == ("refcoco/3", ["a spot", "the dots"], (50, 24))
     assert spot["box"] == (3, 10, 5, 22) and ends["box"] == (0, 0, 5, 5)
-    val, = read_refcoco(tmp_path, "refcoco", "val")
-    assert val["box"] == (30.5, 2.25, 38.5, 6.75)
-    test, = read_refcoco(tmp_path, "refcoco", "testA")
+    val, = read_refcoco(tmp_path, "refcoco", ["val"])
+    assert val["box"] == (30.5, 2.25, 38.5, 6.75) and val["split"] == "val"
+    test, = read_refcoco(tmp_path, "refcoco", ["testA"])
     assert test["id"] == "refcoco/4"
+    both = [(record["id"], record["split"]) for record in read_refcoco(tmp_path, "refcoco", ["testA", "val"])]
+    assert both == [("refcoco/2", "val"), ("refcoco/4", "testA")]               # in the file's order
 
 
 def test_items_and_masks_by_hand(tmp_path):
     Refer(tmp_path)
-    records = read_records(tmp_path, ["refcoco"], "train")
+    records = read_records(tmp_path, ["refcoco"], ["train"])
     item = load_item(records[0], 2)
     assert (item["id"], item["text"], item["box"]) == ("refcoco/1/2", "one on the left", (4, 5, 20, 18))
     assert item["image"].size == (40, 30) and item["image"].mode == "RGB"
@@ -182,10 +188,11 @@ def test_items_and_masks_by_hand(tmp_path):
     expected[5:15, 4:14] = expected[8:18, 10:20] = True
     assert item["mask"].dtype == bool and (item["mask"] == expected).all()
     assert item["mask"].sum() == 172                                           # 100 + 100, 4 x 7 of them twice
+    assert item["ignore"].dtype == bool and item["ignore"].shape == (30, 40) and not item["ignore"].any()
     ends = load_item(records[2], 0)["mask"]                                    # two parts far apart: 2 x 3 and 5 x 10
     assert ends.sum() == 56 and ends[:3, :2].all() and ends[20:, 35:].all()
     assert (load_item(records[1], 0)["mask"] == SPOT.astype(bool)).all()       # uncompressed RLE
-    compressed, = read_records(tmp_path, ["refcoco"], "testA")
+    compressed, = read_records(tmp_path, ["refcoco"], ["testA"])
     assert (load_item(compressed, 0)["mask"] == SPOT.astype(bool)).all()
 
 
@@ -205,7 +212,7 @@ def test_each_data_set_has_its_own_refs_file(tmp_path):
     Refer(tmp_path, "refcocog", "umd")
     (tmp_path / "refer_seg/refcocog/refs(google).p").write_bytes(b"not this one")
     Refer(tmp_path, "refcoco+")
-    ids = [record["id"] for record in read_records(tmp_path, ["refcoco+", "refcocog"], "train")]
+    ids = [record["id"] for record in read_records(tmp_path, ["refcoco+", "refcocog"], ["train"])]
     assert ids == ["refcoco+/1", "refcoco+/3", "refcoco+/5", "refcocog/1", "refcocog/3", "refcocog/5"]
 
 
@@ -216,6 +223,10 @@ def resaved(**changes):
             getattr(refer, name)[0].update(values)
         refer.save()
     return change
+
+
+def masked(segmentation, *size):
+    return resaved(annotations={"segmentation": {"size": size, "counts": segmentation} if size else segmentation})
 
 
 def without_annotations(refer):
@@ -232,22 +243,31 @@ BAD = {  # what is wrong: how it comes about, what the message must name, and th
     "no refs": (lambda r: r.refs_file.unlink(), "refs_file", "Download refcoco's annotations"),
     "no instances": (lambda r: r.instances_file.unlink(), "instances_file", "--preset tiny"),
     "no pictures": (without_pictures, "pictures", "COCO's train2014 pictures"),
-    "one picture missing": (lambda r: r.picture.unlink(), "picture", "Download COCO's train2014 pictures"),
+    "one picture missing": (lambda r: r.picture.unlink(), "refs_file", "ref_id 1", "picture", "Download COCO's train2014"),
     "truncated picture": (lambda r: r.picture.write_bytes(r.picture.read_bytes()[:-300]), "picture", "again"),
     "text named jpg": (lambda r: r.picture.write_text("<html>404 Not Found</html>"), "picture", "again"),
     "empty picture": (lambda r: r.picture.write_bytes(b""), "picture", "again"),
     "other size": (lambda r: Image.new("RGB", (30, 40)).save(r.picture), "picture", "(30, 40)", "(40, 30)", "original"),
-    "annotation id missing": (resaved(refs={"ann_id": 999}), "refs_file", "instances_file", "ref_id 1", "999", "again"),
-    "image id missing": (resaved(refs={"image_id": 999}), "refs_file", "instances_file", "ref_id 1", "999", "again"),
-    "empty segmentation": (resaved(annotations={"segmentation": []}), "instances_file", "ref_id 1, ann_id 100", "again"),
-    "box to the right": (resaved(annotations={"bbox": [40, 5, 3, 3]}), "instances_file", "ref_id 1, ann_id 100", "again"),
-    "box above": (resaved(annotations={"bbox": [4, -6, 3, 6]}), "instances_file", "ref_id 1, ann_id 100", "again"),
-    "box without width": (resaved(annotations={"bbox": [4, 5, 0, 3]}), "instances_file", "ref_id 1, ann_id 100", "again"),
-    "no expression": (resaved(refs={"sentences": []}), "refs_file", "ref_id 1, ann_id 100", "again"),
-    "sentences of another kind": (resaved(refs={"sentences": [7]}), "refs_file", "ref_id 1, ann_id 100", "again"),
-    "mask without a pixel": (resaved(annotations={"segmentation": [corners(5, 5, 5, 5)]}), "picture", "refcoco/1", "again"),
-    "RLE without a pixel": (resaved(annotations={"segmentation": {"size": [30, 40], "counts": [1200]}}),
-                            "picture", "refcoco/1", "again"),
+    "annotation id missing": (resaved(refs={"ann_id": 999}), "refs_file", "instances_file", "ref_id 1", "999", "Download"),
+    "image id missing": (resaved(refs={"image_id": 999}), "refs_file", "instances_file", "ref_id 1", "999", "Download both"),
+    "box to the right": (resaved(annotations={"bbox": [40, 5, 3, 3]}), "instances_file", "ref_id 1, ann_id 100", "Download"),
+    "box to the left": (resaved(annotations={"bbox": [-3, 5, 3, 3]}), "instances_file", "ref_id 1, ann_id 100", "Download"),
+    "box above": (resaved(annotations={"bbox": [4, -6, 3, 6]}), "instances_file", "ref_id 1, ann_id 100", "Download both"),
+    "box below": (resaved(annotations={"bbox": [4, 30, 3, 6]}), "instances_file", "ref_id 1, ann_id 100", "Download both"),
+    "box without width": (resaved(annotations={"bbox": [4, 5, 0, 3]}), "instances_file", "ref_id 1, ann_id 100", "both"),
+    "box without height": (resaved(annotations={"bbox": [4, 5, 3, 0]}), "instances_file", "ref_id 1, ann_id 100", "both"),
+    "no expression": (resaved(refs={"sentences": []}), "refs_file", "ref_id 1, ann_id 100", "no expression"),
+    "sentences of another kind": (resaved(refs={"sentences": [7]}), "refs_file", "ref_id 1, ann_id 100", "Download both"),
+    "a ref of another kind": (lambda r: r.refs_file.write_bytes(pickle.dumps([r.refs[0], 7])), "refs_file", "record 1"),
+    "a number for a segmentation": (masked(7), "refcoco/1", "picture", "40 x 30", "damaged"),
+    "a polygon unnested": (masked(corners(4, 5, 14, 15)), "refcoco/1", "picture", "flat list"),
+    "points nested": (masked([[[4, 5], [14, 5], [14, 15]]]), "refcoco/1", "picture", "flat list"),
+    "a list of RLEs": (masked([{"size": [30, 40], "counts": [1200]}]), "refcoco/1", "picture", "flat list"),
+    "RLE of another size": (masked([1200], 40, 30), "refcoco/1", "picture", "40 x 30 pixels", "(30, 40) pixels"),
+    "RLE too short": (masked([5, 5], 30, 40), "refcoco/1", "picture", "add up", "again"),
+    "RLE too long": (masked([5, 5, 1191], 30, 40), "refcoco/1", "picture", "add up", "again"),
+    "RLE below zero": (masked([1205, -5], 30, 40), "refcoco/1", "picture", "out of bounds", "again"),
+    "RLE of noise": (masked("hello", 30, 40), "refcoco/1", "picture", "damaged", "again"),
     "instances not JSON": (lambda r: r.instances_file.write_text("<html>"), "instances_file", "Download it again"),
     "instances cut": (lambda r: r.instances_file.write_text(r.instances_file.read_text()[:-9]), "instances_file", "again"),
     "instances a list": (lambda r: r.instances_file.write_text("[]"), "instances_file", "Download it again"),
@@ -268,8 +288,101 @@ def test_bad_input_is_one_error_that_names_the_file_and_the_way_out(name, tmp_pa
 
 def test_an_unknown_split_or_data_set_is_named(tmp_path):
     refer = Refer(tmp_path)
-    refuses(lambda: read_refcoco(tmp_path, "refcoco", "test"), refer.refs_file, "'test'", "train, val, testA, testB")
-    refuses(lambda: read_records(tmp_path, ["refcoco", "refcocog"], "train"), "refcocog", "refs(umd).p", "Download")
+    refuses(lambda: read_records(tmp_path, ["refcoco", "refcocog"], ["train"]), "refcocog", "refs(umd).p", "Download")
+    refuses(lambda: read_records(tmp_path, ["refcoco", "cups"], ["train"]), tmp_path / "cups/train.jsonl", "Download")
+    refuses(lambda: read_records(tmp_path, ["refcoco"], ["train", "test"]), tmp_path, "'test'", "train, val, testA, testB")
+    refer.refs = refer.refs[1:2]                                                # of val: no train left
+    refer.save()
+    refuses(lambda: read_records(tmp_path, ["refcoco"], ["train"]), tmp_path, "'train' in refcoco.")
+    assert len(read_records(tmp_path, ["refcoco"], ["val"])) == 1
+
+
+def test_an_empty_segmentation_is_left_out_of_training_and_evaluated_as_no_mask(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    refer = Refer(tmp_path)
+    masked([])(refer)
+    ids = lambda splits: [record["id"] for record in read_records(tmp_path, ["refcoco"], splits)]
+    assert ids(["train"]) == ["refcoco/3", "refcoco/5"]
+    assert capsys.readouterr() == ("", "left out:\nrefcoco/1: no segmentation, left out of training\n")
+    monkeypatch.setenv("RANK", "1")                                            # of many processes one tells
+    assert ids(["train"]) == ["refcoco/3", "refcoco/5"] and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert ids(["val"]) == ["refcoco/2"] and capsys.readouterr() == ("", "")    # nothing was left out
+    resaved(refs={"split": "val"})(refer)
+    assert ids(["val"]) == ["refcoco/1", "refcoco/2"] and capsys.readouterr() == ("", "")
+    item = load_item(read_records(tmp_path, ["refcoco"], ["val"])[0], 0)
+    assert item["mask"].shape == (30, 40) and not item["mask"].any() and not item["ignore"].any()
+    assert item["box"] == (4, 5, 20, 18)                                        # as annotated
+
+
+@pytest.mark.parametrize("segmentation", [
+    [corners(5, 5, 5, 5)], [[4, 5, 14, 15]], [[4, 5]], [[]], {"size": [30, 40], "counts": [1200]},
+    {"size": [30, 40], "counts": []}, {"size": [30, 40], "counts": ""},
+], ids=["no area", "two points", "one point", "no point", "RLE of zeros", "RLE without counts", "RLE without a letter"])
+def test_a_mask_without_a_pixel_is_no_error(segmentation, tmp_path):
+    refer = Refer(tmp_path)
+    masked(segmentation)(refer)
+    item = refer.read()[0]
+    assert item["id"] == "refcoco/1/0" and item["box"] == (4, 5, 20, 18)
+    assert item["mask"].shape == (30, 40) and item["mask"].dtype == bool and not item["mask"].any()
+
+
+def test_degenerate_polygons_are_passed_over(tmp_path):
+    # pycocotools takes a first one of two points for a box, and then the rest too
+    refer, polygon = Refer(tmp_path), corners(4, 5, 14, 15)
+    expected = np.zeros((30, 40), bool)
+    expected[5:15, 4:14] = True
+    for some in ([0, 0, 30, 25], polygon), ([], [3, 3], polygon, [0, 0, 30, 25]), ([7, 7] * 3, polygon):
+        masked(list(some))(refer)
+        assert (refer.read()[0]["mask"] == expected).all()
+    triangle = [0, 0, 10, 0, 0, 10]                                             # three points do enclose something
+    assert 45 <= decode_mask([triangle], (30, 40)).sum() <= 55
+
+
+@pytest.mark.parametrize("box", [(0, 0, 40, 30), (30, 20, 40, 30), (0, 0, 5, 5), (0, 29, 40, 30), (39, 0, 40, 30)])
+def test_an_object_may_touch_the_border(box, tmp_path):
+    refer, (x1, y1, x2, y2) = Refer(tmp_path), box
+    expected = np.zeros((30, 40), bool)
+    expected[y1:y2, x1:x2] = True
+    rle = coco.encode(np.asfortranarray(expected.astype(np.uint8)))["counts"].decode()
+    for segmentation in [corners(*box)], {"size": [30, 40], "counts": rle}:
+        resaved(annotations={"segmentation": segmentation, "bbox": [x1, y1, x2 - x1, y2 - y1]})(refer)
+        item = refer.read()[0]
+        assert (item["mask"] == expected).all() and item["box"] == extent(item["mask"]) == box
+    resaved(annotations={"bbox": [x1 - 2.5, y1 - 1, x2 - x1 + 5, y2 - y1 + 2]})(refer)
+    assert refer.read()[0]["box"] == (x1 - 2.5, y1 - 1, x2 + 2.5, y2 + 1)       # a loose box may stick out
+
+
+def test_polygons_against_pycocotools():
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        polygons = [(rng.random(2 * rng.integers(3, 9)) * 25).tolist() for _ in range(rng.integers(1, 4))]
+        union = np.any([coco.decode(coco.frPyObjects([polygon], 17, 23))[..., 0] for polygon in polygons], axis=0)
+        mask = decode_mask(polygons, (17, 23))
+        assert mask.shape == (17, 23) and mask.dtype == bool and (mask == union).all()
+
+
+def test_the_extent_of_a_mask():
+    mask = np.zeros((20, 30), bool)
+    assert extent(mask) == (0, 0, 0, 0)
+    mask[7, 11] = True
+    assert extent(mask) == (11, 7, 12, 8)
+    mask[3, 29] = mask[19, 13] = True
+    assert extent(mask) == (11, 3, 30, 20) and all(type(v) is int for v in extent(mask))
+
+
+def test_the_google_split(tmp_path):
+    refer = Refer(tmp_path, "refcocog", "google")
+    refer.refs[1].update(image_id=9)                                            # train and val share picture 9
+    refer.save()
+    (refer.folder / "refs(umd).p").write_bytes(b"not this one")
+    records = read_records(tmp_path, ["refcocog-google"], ["train", "val"])
+    assert [(record["id"], record["split"]) for record in records] == [
+        ("refcocog-google/1", "train"), ("refcocog-google/2", "val"), ("refcocog-google/3", "train"),
+        ("refcocog-google/5", "train")]
+    assert records[0]["image"] == records[1]["image"] == str(refer.picture) and load_item(records[0], 0)["mask"].sum() == 172
+    refer.refs_file.unlink()
+    refuses(lambda: read_records(tmp_path, ["refcocog-google"], ["train"]), refer.refs_file, "refcocog.zip")
 
 
 def test_a_prompt_above_the_limit_is_refused_and_not_cut(processor, tmp_path):
@@ -283,28 +396,606 @@ def test_a_prompt_above_the_limit_is_refused_and_not_cut(processor, tmp_path):
 def test_an_error_in_a_loading_process_is_the_same_one_line(tmp_path):
     refer = Refer(tmp_path)
     refer.picture.write_text("no picture")
-    stream = TrainingStream(read_records(tmp_path, ["refcoco"], "train"), seed=0)
+    stream = TrainingStream(read_records(tmp_path, ["refcoco"], ["train"]), seed=0)
     refuses(lambda: list(training_batches(stream, list, 0, 1, 3, 0, 1, workers=1)), refer.picture, "again")
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "LA"])
-def test_every_kind_of_picture_comes_as_rgb(mode, tmp_path):
-    pixels = np.full((6, 9, 3), 255, np.uint8)
-    pixels[:, :4] = (255, 0, 0) if mode in ("P", "CMYK", "RGBA") else 0
-    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
-    Image.fromarray(pixels).convert(mode).save(path)
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("LA", "png"),
+                                          ("P", "gif"), ("CMYK", "tif"), ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "jpg")])
+def test_every_kind_of_picture_comes_as_rgb(mode, suffix, tmp_path):
+    pixels = np.full((16, 32, 3), 255, np.uint8)                                # left half and right: whole blocks of JPEG
+    pixels[:, :16] = (255, 0, 0) if mode in ("P", "CMYK", "RGBA") else 0
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(pixels).convert(mode).save(path, **({"quality": 100} if suffix == "jpg" else {}))
+    assert Image.open(path).mode == mode
     picture = load_picture(path)
-    assert picture.mode == "RGB" and picture.size == (9, 6)
+    assert picture.mode == "RGB" and picture.size == (32, 16)
     assert np.abs(np.asarray(picture).astype(int) - pixels).max() <= 2
 
 
-def test_a_picture_is_read_as_stored_whatever_its_exif_says(tmp_path):
-    # COCO's annotations refer to the stored pixels, so the camera's "turn me" (tag 274, 6: by 90 degrees) is not obeyed
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGB", (9, 6)).save(tmp_path / "a.jpg", exif=exif)
-    assert Image.open(tmp_path / "a.jpg").getexif()[274] == 6 and load_picture(tmp_path / "a.jpg").size == (9, 6)
+@pytest.mark.parametrize("mode", ["L", "CMYK"])                                 # COCO has both
+def test_a_data_sets_picture_may_have_no_rgb(mode, tmp_path):
+    refer = Refer(tmp_path)
+    random_picture(40, 30).convert(mode).save(refer.picture)
+    item = refer.read()[0]
+    assert item["image"].mode == "RGB" and item["image"].size == (40, 30) and item["mask"].sum() == 172
 
+
+UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+           6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}      # by EXIF's tag 274
+
+
+def turn(tag):
+    exif = Image.Exif()
+    exif[274] = tag
+    return exif
+
+
+@pytest.mark.parametrize("tag", UPRIGHT)
+def test_a_cameras_rotation_is_followed_unless_the_pixels_as_stored_are_annotated(tag, tmp_path):
+    stored = np.asarray(random_picture(9, 6))
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=turn(tag))
+    read, upright = lambda *size: np.asarray(load_picture(tmp_path / "a.png", *size)), UPRIGHT[tag](stored)
+    assert np.array_equal(read(), upright) and np.array_equal(read(None), upright)
+    assert np.array_equal(read((6, 9)), stored) and np.array_equal(read([6, 9]), stored)
+    assert np.array_equal(read((9, 6)), upright if tag > 4 else UPRIGHT[tag](stored))
+    assert np.array_equal(read((3, 3)), upright)                                # neither: load_item refuses it
+
+
+def test_rotated_pictures_of_a_data_set(tmp_path):
+    refer = Refer(tmp_path)
+    random_picture(40, 30).save(refer.picture, exif=turn(6))
+    item = refer.read()[0]                                                      # COCO annotates the pixels as stored
+    assert item["image"].size == (40, 30) and item["mask"].shape == (30, 40) and item["mask"].sum() == 172
+    assert np.array_equal(item["image"], Image.open(refer.picture))
+    refer.images[0].update(height=40, width=30)                                 # another tool what a viewer shows
+    resaved(annotations={"segmentation": [corners(4, 25, 10, 35)], "bbox": [4, 25, 6, 10]})(refer)
+    item = load_item(read_records(tmp_path, ["refcoco"], ["train"])[0], 0)
+    assert item["image"].size == (30, 40) and item["mask"].shape == (40, 30) and extent(item["mask"]) == (4, 25, 10, 35)
+    assert np.array_equal(item["image"], np.rot90(Image.open(refer.picture), -1))
+
+
+# --- ReasonSeg ---
+
+def reason(root, split, stem, text="the cup", shapes=(), encoding="utf-8", **save):
+    """A picture of 30 x 20 pixels and its json as ReasonSeg has them; shapes: (label, points)."""
+    folder = root / "reason_seg/ReasonSeg" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    random_picture(30, 20).save(folder / f"{stem}.jpg", **save)
+    shapes = [{"label": label, "labels": [label], "shape_type": "polygon", "image_name": f"{stem}.jpg", "points": points,
+               "group_id": None, "group_ids": [None], "flags": {}} for label, points in shapes]
+    content = json.dumps({"text": text, "is_sentence": True, "shapes": shapes}, ensure_ascii=False)
+    (folder / f"{stem}.json").write_bytes(content.encode(encoding))
+    return folder / f"{stem}.json"
+
+
+def square(x1, y1, x2, y2):
+    """ReasonSeg's points of the pixels x1 ... x2 - 1, y1 ... y2 - 1: the outline belongs to the object."""
+    return [[x1, y1], [x2 - 1, y1], [x2 - 1, y2 - 1], [x1, y2 - 1]]
+
+
+def area(*box, size=(20, 30)):
+    mask = np.zeros(size, bool)
+    mask[box[1]:box[3], box[0]:box[2]] = True
+    return mask
+
+
+def test_reasonseg_by_hand(tmp_path):
+    reason(tmp_path, "train", "b_2", ["where tea goes", "the thing with a handle", "cup"], [("cup", square(4, 5, 10, 12))])
+    reason(tmp_path, "train", "a_10", "one text that is no list", [("cup", square(4, 5, 10, 12))])
+    for split in "val", "test":
+        reason(tmp_path, split, "9", ["where tea goes", "the thing with a handle"], [("cup", square(0, 0, 30, 20))])
+    folder = tmp_path / "reason_seg/ReasonSeg"
+    (folder / "train/README.txt").write_text("no annotation")
+    first, second = read_records(tmp_path, ["reasonseg"], ["train"])
+    assert (first["id"], first["texts"]) == ("reasonseg/train/a_10", ["one text that is no list"])
+    assert (second["id"], second["split"]) == ("reasonseg/train/b_2", "train") and second["size"] is None
+    assert second["texts"] == ["where tea goes", "the thing with a handle", "cup"]
+    assert second["image"] == str(folder / "train/b_2.jpg")
+    item = load_item(second, 1)
+    assert (item["id"], item["text"]) == ("reasonseg/train/b_2/1", "the thing with a handle")
+    assert item["image"].size == (30, 20) and item["image"].mode == "RGB"
+    assert (item["mask"] == area(4, 5, 10, 12)).all() and not item["ignore"].any() and item["box"] == (4, 5, 10, 12)
+    records = read_records(tmp_path, ["reasonseg"], ["test", "val"])
+    assert [(record["id"], record["texts"]) for record in records] == [("reasonseg/test/9", ["where tea goes"]),
+                                                                       ("reasonseg/val/9", ["where tea goes"])]
+    assert load_item(records[0], 0)["mask"].all()
+    assert len(EvaluationRows(records)) == 2
+
+
+@pytest.mark.parametrize("encoding, text", [("utf-8", "the café’s “naïve” cup"), ("utf-8", "кот 猫 🚗"),
+                                            ("utf-8-sig", "the café’s “naïve” cup"), ("utf-8-sig", "plain"),
+                                            ("cp1252", "the café’s “naïve” cup"), ("cp1252", "plain")])
+def test_reasonsegs_encodings(encoding, text, tmp_path):
+    path = reason(tmp_path, "val", "a", [text], encoding=encoding)
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf") == (encoding == "utf-8-sig")
+    record, = read_records(tmp_path, ["reasonseg"], ["val"])
+    assert record["texts"] == [text]
+
+
+def with_json(**changes):
+    def change(path):
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    return change
+
+
+BROKEN = {  # what is wrong with a ReasonSeg annotation
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "neither UTF-8 nor cp1252": lambda path: path.write_bytes(b'{"text": "\x81"}'),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "no json": lambda path: path.unlink(),
+    "no picture": lambda path: path.with_suffix(".jpg").unlink(),
+    "no text": with_json(text=None),
+    "an empty list of texts": with_json(text=[]),
+    "a number for a text": with_json(text=7),
+    "numbers for texts": with_json(text=["cup", 7]),
+    "no shapes": with_json(shapes=None),
+    "a shape without points": with_json(shapes=[{"label": "cup"}]),
+    "a shape without a label": with_json(shapes=[{"points": [[1, 2]]}]),
+    "a number for a label": with_json(shapes=[{"label": 7, "points": [[1, 2]]}]),
+    "words for points": with_json(shapes=[{"label": "cup", "points": [["a", "b"]]}]),
+    "half a point": with_json(shapes=[{"label": "cup", "points": [[1, 2], [3]]}]),
+    "an odd number": with_json(shapes=[{"label": "cup", "points": [1, 2, 3]}]),
+    "points far beyond": with_json(shapes=[{"label": "cup", "points": [[10 ** 30, 2]]}]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_reasonseg_file_is_named_and_left_out_and_does_not_stop(name, tmp_path, capsys):
+    paths = [reason(tmp_path, "test", stem, ["a cup"], [("cup", square(4, 5, 10, 12))]) for stem in "abc"]
+    read = lambda: [record["id"][-1] for record in read_records(tmp_path, ["reasonseg"], ["test"])]
+    assert read() == ["a", "b", "c"] and capsys.readouterr() == ("", "")
+    BROKEN[name](paths[1])
+    assert read() == ["a", "c"]
+    told, = capsys.readouterr().err.removeprefix("left out:\n").splitlines()
+    assert told.startswith(f"{paths[1]}: ") and "b.jpg" in told
+    _, error, _ = read_reasonseg(tmp_path, "reasonseg", ["test"])
+    assert type(error) is LensError and str(error) == told
+
+
+LABELS = [("cup", "ignore"), ("target", "IGNORE area"), ("flagpole", "Ignored"), ("A Cup", "to ignore")]
+
+
+@pytest.mark.parametrize("thing, ignore", LABELS)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
+def test_the_largest_polygon_is_drawn_first(thing, ignore, order, tmp_path):
+    # 20 x 16 pixels of the object, on them 10 x 10 to ignore, on these 3 x 3 of the object; a flag over all is nothing
+    shapes = [(thing, square(2, 2, 22, 18)), (ignore, square(6, 5, 16, 15)), (thing, square(9, 8, 12, 11)),
+              (("flag", "Flag", "FLAG", "flag")[order[0]], square(0, 0, 30, 20))]
+    reason(tmp_path, "val", "a", ["a cup"], [shapes[i] for i in order])
+    item = load_item(read_records(tmp_path, ["reasonseg"], ["val"])[0], 0)
+    hidden = area(6, 5, 16, 15) & ~area(9, 8, 12, 11)
+    assert item["ignore"].dtype == item["mask"].dtype == bool and (item["ignore"] == hidden).all()
+    assert (item["mask"] == area(2, 2, 22, 18) & ~hidden).all()
+    assert item["mask"].sum() == 320 - 91 and item["box"] == (2, 2, 22, 18)
+
+
+def test_a_small_object_within_a_large_ignored_area(tmp_path):
+    shapes = [("cup", square(9, 8, 12, 11)), ("ignore", square(6, 5, 16, 15)), ("cup", square(14, 13, 20, 17))]
+    reason(tmp_path, "val", "a", ["a cup"], shapes)
+    item = load_item(read_records(tmp_path, ["reasonseg"], ["val"])[0], 0)
+    objects = area(9, 8, 12, 11) | area(14, 13, 20, 17)                         # both smaller: they cover what is ignored
+    assert (item["mask"] == objects).all() and (item["ignore"] == area(6, 5, 16, 15) & ~objects).all()
+    assert item["box"] == (9, 8, 20, 17)                                        # of the objects alone
+
+
+@pytest.mark.parametrize("shapes", [[], [("flag", square(1, 1, 9, 9))], [("cup", [])]])
+def test_a_reasonseg_picture_without_an_object(shapes, tmp_path):
+    reason(tmp_path, "val", "a", ["a cup"], shapes)
+    item = load_item(read_records(tmp_path, ["reasonseg"], ["val"])[0], 0)
+    assert not item["mask"].any() and not item["ignore"].any() and item["mask"].shape == (20, 30)
+    assert item["box"] == (0, 0, 0, 0)
+
+
+def test_reasonsegs_points_lose_their_fractions_and_its_pictures_stand_upright(tmp_path):
+    reason(tmp_path, "val", "a", ["a cup"], [("cup", [[-0.9, 2.9], [4.99, 2.1], [4.5, 25.5], [0.2, 25.99]])], exif=turn(6))
+    item = load_item(read_records(tmp_path, ["reasonseg"], ["val"])[0], 0)
+    assert item["image"].size == (20, 30) and (item["mask"] == area(0, 2, 5, 26, size=(30, 20))).all()
+
+
+# --- fill_polygon ---
+
+def oracle(points, size):
+    """The same, slowly, for points inside: Bresenham's outline by its running error, then every pixel by itself, which
+    lies inside if an odd number of sides pass to the left of it."""
+    mask, sides = np.zeros(size, bool), list(zip(points, points[1:] + points[:1]))
+    for (x, y), (x2, y2) in (sorted(side) for side in sides):
+        dx, dy, up, error = x2 - x, abs(y2 - y), 1 if y2 > y else -1, 0
+        for _ in range(max(dx, dy) + 1):
+            mask[y, x] = True
+            error += 2 * min(dx, dy)
+            aside = error > max(dx, dy)
+            error -= 2 * max(dx, dy) * aside
+            x, y = (x + 1, y + up * aside) if dx >= dy else (x + aside, y + up)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            left = 0
+            for (x1, y1), (x2, y2) in (sorted(side, key=lambda point: point[1]) for side in sides):
+                left += y1 <= y < y2 and (y - y1) * (x2 - x1) < (x - x1) * (y2 - y1)
+            mask[y, x] |= left % 2 == 1
+    return mask
+
+
+def drawing(text):
+    return np.array([[c == "#" for c in row] for row in text.split()])
+
+
+DRAWN = [([[3, 1]], "....... ...#... ....... ......."),
+         ([[1, 2], [5, 2]], "....... ....... .#####. ......."),
+         ([[2, 0], [2, 3], [2, 0]], "..#.... ..#.... ..#.... ..#...."),
+         ([[0, 0], [3, 3]], "#...... .#..... ..#.... ...#..."),
+         ([[1, 0], [4, 0], [4, 2], [1, 2]], ".####.. .####.. .####.. ......."),
+         ([[0, 3], [3, 0], [6, 3]], "...#... ..###.. .#####. #######"),
+         ([[0, 0], [6, 3], [6, 0], [0, 3]], "##....# ####### ####### ##....#"),                  # a bow tie
+         ([[-5, -5], [2, -5], [2, 1], [-5, 1]], "###.... ###.... ....... ......."),
+         ([[5, 2], [99, 2], [99, 99], [5, 99]], "....... ....... .....## .....##"),
+         ([[-9, -9], [99, -9], [99, 99], [-9, 99]], "####### ####### ####### #######"),
+         ([[-3, 2], [20, 2]], "....... ....... ####### ......."),
+         ([[-2, -1], [9, 10]], "....... #...... .#..... ..#...."),                         # y = x + 1
+         ([[7, 0], [9, 0], [9, 3]], "....... ....... ....... ......."),
+         ([[-1, -1], [-1, 9], [-7, 4]], "....... ....... ....... ......."),
+         ([[0, 4], [6, 4], [3, 9]], "....... ....... ....... ......."),
+         ([[0, -1], [6, -1], [3, -9]], "....... ....... ....... ......."),
+         ([], "....... ....... ....... .......")]
+
+
+@pytest.mark.parametrize("points, text", DRAWN)
+def test_polygons_by_hand(points, text):
+    expected = drawing(text)
+    for start in range(max(1, len(points))):                                    # whichever is first, either way round
+        some = np.array(points[start:] + points[:start]).reshape(-1, 2)
+        for ordered in some, some[::-1]:
+            mask = fill_polygon(ordered, (4, 7))
+            assert mask.shape == (4, 7) and mask.dtype == bool and (mask == expected).all(), mask.astype(int)
+
+
+def test_polygons_against_the_oracle():
+    rng = np.random.default_rng(0)
+    for n in range(250):
+        size = (20, 30) if n % 5 else (1, 30)
+        points = np.stack([rng.integers(0, size[1], 1 + n % 9), rng.integers(0, size[0], 1 + n % 9)], axis=-1)
+        assert (fill_polygon(points, size) == oracle(points.tolist(), size)).all(), points.tolist()
+        assert (fill_polygon(points + 0.99, size) == fill_polygon(points, size)).all()
+
+
+@pytest.mark.parametrize("points, counts", [
+    ([[31, -26], [29, 36], [-32, -13], [68, 42]], "49<0O100O010O10000O01O001O001O1O001O001O1O001O001O001Oe0c0"),
+    ([[30, 4], [17, 40], [51, -27]], "b?2`02M3M3N000L"),
+    ([[-783, 5], [2619, 22]], "82b000000000000000000000000000010O000000000000000000000000000G"),
+    ([[-213, 22], [216, 16]], "W11c0000000000000000000000000000O010000000000000000000000000^O"),
+])
+def test_polygons_that_leave_the_picture_are_cut_as_opencv_cuts_them(points, counts):
+    # drawn by OpenCV 4.11 (polylines, fillPoly) on 30 x 20 pixels; each cut shifts a side by less than a pixel
+    expected = coco.decode({"size": [20, 30], "counts": counts})
+    assert (fill_polygon(np.array(points), (20, 30)) == expected).all()
+
+
+# --- lines of json: GroundingSuite, folders of one's own ---
+
+def own(root, *lines, name="cups", split="train"):
+    """A folder of one's own, with a.png of 30 x 20 pixels; a line is bytes as they are, or what json writes."""
+    (root / name).mkdir(parents=True, exist_ok=True)
+    random_picture(30, 20).save(root / name / "a.png")
+    path = root / name / f"{split}.jsonl"
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    return path
+
+
+CUP = {"image": "a.png", "text": "the cup", "box": [4, 5, 10, 12.5]}
+RLE = coco.encode(np.asfortranarray(area(4, 5, 10, 12).astype(np.uint8)))["counts"].decode()
+ZEROS_AND_ONES = [85, *[7, 13] * 5, 7, 408]                    # columns of 20: 5 + 4 x 20 zeros, 7 ones, ...
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    polygon, rle = [corners(4, 5, 10, 12)], {"size": [20, 30], "counts": RLE}
+    (tmp_path / "cups/sub").mkdir(parents=True)
+    random_picture(24, 16).save(tmp_path / "cups/sub/b.jpg")
+    Image.fromarray(area(1, 2, 9, 8, size=(16, 24))).save(tmp_path / "cups/sub/b_mask.png")
+    own(tmp_path, CUP | {"mask": polygon}, CUP | {"mask": rle, "text": ["cup", "mug"]},
+        {"image": "a.png", "text": "c", "mask": polygon}, {"image": "sub/b.jpg", "text": "d", "mask": "sub/b_mask.png"},
+        CUP | {"text": "кот 猫 🚗", "mask": None}, CUP | {"mask": polygon, "box": None},
+        CUP | {"mask": {"size": [20, 30], "counts": ZEROS_AND_ONES}})
+    own(tmp_path, CUP | {"mask": []}, split="val")
+    records = read_records(tmp_path, ["cups"], ["train"])
+    assert [record["id"] for record in records] == [f"cups/train/{n}" for n in range(1, 8)]
+    assert {record["split"] for record in records} == {"train"} and records[0]["image"] == str(tmp_path / "cups/a.png")
+    assert [record["texts"] for record in records[:5]] == [["the cup"], ["cup", "mug"], ["c"], ["d"], ["кот 猫 🚗"]]
+    items = [load_item(record, 0) for record in records]
+    assert [item["box"] for item in items] == [(4, 5, 10, 12.5), (4, 5, 10, 12.5), (4, 5, 10, 12), (1, 2, 9, 8),
+                                               (4, 5, 10, 12.5), (4, 5, 10, 12), (4, 5, 10, 12.5)]
+    for n in 0, 1, 2, 5, 6:
+        assert (items[n]["mask"] == area(4, 5, 10, 12)).all() and not items[n]["ignore"].any()
+    assert items[3]["image"].size == (24, 16) and (items[3]["mask"] == area(1, 2, 9, 8, size=(16, 24))).all()
+    assert not items[4]["mask"].any() and items[4]["ignore"].all() and items[4]["mask"].shape == (20, 30)   # a box alone
+    val, = read_records(tmp_path, ["cups"], ["val"])                            # an empty mask is none to ignore
+    assert val["id"] == "cups/val/1" and not load_item(val, 0)["mask"].any() and not load_item(val, 0)["ignore"].any()
+
+
+@pytest.mark.parametrize("mode, on", [("1", 1), ("L", 1), ("L", 255), ("P", 1), ("I;16", 300), ("RGB", (0, 0, 3)),
+                                      ("RGB", (255, 255, 255)), ("RGBA", (9, 0, 0, 255)), ("LA", (7, 255))])
+def test_a_mask_is_a_picture_of_any_mode(mode, on, tmp_path):
+    mask = Image.new(mode, (30, 20), {"RGBA": (0, 0, 0, 255), "LA": (0, 255)}.get(mode, 0))
+    if mode == "P":
+        mask.putpalette([255, 255, 255, 0, 0, 0])                               # its numbers count, not their colours
+    mask.paste(on, (4, 5, 10, 12))
+    own(tmp_path, {"image": "a.png", "text": "cup", "mask": "m.png"})
+    mask.save(tmp_path / "cups/m.png")
+    assert Image.open(tmp_path / "cups/m.png").mode == mode
+    item = load_item(read_records(tmp_path, ["cups"], ["train"])[0], 0)
+    assert item["mask"].dtype == bool and (item["mask"] == area(4, 5, 10, 12)).all() and item["box"] == (4, 5, 10, 12)
+
+
+@pytest.mark.parametrize("line", ['"text": "a\u2028b\x85c"'.encode(), b'"text": "a\\u2028b\\u0085c"'])
+def test_a_text_may_hold_what_some_take_for_the_end_of_a_line(line, tmp_path):
+    own(tmp_path, b'\xef\xbb\xbf{"image": "a.png", "box": [1, 2, 3, 4], ' + line + b"}\r", CUP)     # a BOM, CR and LF
+    first, second = read_records(tmp_path, ["cups"], ["train"])
+    assert first["texts"] == ["a\u2028b\x85c"] and second["id"] == "cups/train/2"
+
+
+BAD_LINES = {  # what is wrong: the line, and what the message says of it
+    "no json": (b"{'image': 'a.png'}", "JSONDecodeError"),
+    "nothing": (b"", "JSONDecodeError"),
+    "no UTF-8": (b'{"image": "a.png", "text": "caf\xe9", "box": [1, 2, 3, 4]}', "UnicodeDecodeError"),
+    "a list": ([1], "TypeError"),
+    "no image": ({"text": "cup", "box": [1, 2, 3, 4]}, "'image'"),
+    "a number for an image": (CUP | {"image": 7}, "TypeError"),
+    "a picture that is not there": (CUP | {"image": "b.png"}, "cups/b.png is missing"),
+    "no text": ({"image": "a.png", "box": [1, 2, 3, 4]}, "'text'"),
+    "an empty list of texts": (CUP | {"text": []}, "a text"),
+    "a number for a text": (CUP | {"text": 7}, "TypeError"),
+    "numbers for texts": (CUP | {"text": ["cup", 7]}, "a text"),
+    "neither mask nor box": ({"image": "a.png", "text": "cup"}, "a mask or a box"),
+    "an empty mask and no box": ({"image": "a.png", "text": "cup", "mask": []}, "a mask or a box"),
+    "a box of three": (CUP | {"box": [1, 2, 3]}, "ValueError"),
+    "a box of five": (CUP | {"box": [1, 2, 3, 4, 5]}, "ValueError"),
+    "a box of words": (CUP | {"box": ["a", "b", "c", "d"]}, "ValueError"),
+    "a box from right to left": (CUP | {"box": [3, 2, 1, 4]}, "no box"),
+    "a box without height": (CUP | {"box": [1, 4, 3, 4]}, "no box"),
+    "an infinite box": (b'{"image": "a.png", "text": "cup", "box": [1, 2, 1e999, 4]}', "no box"),
+    "a box of NaN": (b'{"image": "a.png", "text": "cup", "box": [1, NaN, 3, 4]}', "no box"),
+    "a box far beyond": (CUP | {"box": [1, 2, 10 ** 400, 4]}, "OverflowError"),
+    "RLE without a size": (CUP | {"mask": {"counts": RLE}}, "'size'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_by_file_and_number(name, tmp_path):
+    line, *says = BAD_LINES[name]
+    path = own(tmp_path, CUP, line, CUP)
+    refuses(lambda: read_records(tmp_path, ["cups"], ["train"]), f"{path}, line 2: ", "damaged", *says)
+    first, error, third = read_lines(tmp_path, "cups", ["train"])               # it does not stop --check
+    assert type(error) is LensError and (first["id"], third["id"]) == ("cups/train/1", "cups/train/3")
+
+
+BAD_MASKS = {  # what only opening the picture can tell
+    "a mask that is not there": ("m.png", "cups/m.png"),
+    "a folder": (".", "IsADirectoryError"),
+    "no picture": ("train.jsonl", "cups/train.jsonl"),
+    "a mask of another size": ("b.png", "(20, 30) pixels"),
+    "a polygon unnested": (corners(4, 5, 10, 12), "flat list"),
+    "points nested": ([[[4, 5], [9, 5], [9, 12], [4, 12]]], "flat list"),
+    "a number": (7, "TypeError"),
+    "RLE too short": ({"size": [20, 30], "counts": [5]}, "add up"),
+    "RLE of noise": ({"size": [20, 30], "counts": "?!"}, "RLE"),
+    "RLE without counts": ({"size": [20, 30]}, "'counts'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_a_bad_mask_is_named_by_its_object(name, tmp_path):
+    mask, *says = BAD_MASKS[name]
+    own(tmp_path, CUP, CUP | {"mask": mask})
+    Image.new("L", (20, 30)).save(tmp_path / "cups/b.png")
+    records = read_records(tmp_path, ["cups"], ["train"])
+    refuses(lambda: load_item(records[1], 0), "cups/train/2", tmp_path / "cups/a.png", "30 x 20 pixels", "make it", *says)
+
+
+@pytest.mark.parametrize("size", [[30, 20], [20, 30, 3], ["a", "b"], [-20, 30]])
+def test_a_picture_of_another_size_than_its_mask_says_is_named(size, tmp_path):
+    own(tmp_path, CUP | {"mask": {"size": size, "counts": RLE}})
+    record, = read_records(tmp_path, ["cups"], ["train"])
+    refuses(lambda: load_item(record, 0), tmp_path / "cups/a.png", "(30, 20) pixels", "Take the original")
+    assert check_data.check(tmp_path) == 1
+
+
+def suite(root, *class_ids, file="groundingsuite/GroundingSuite-Eval.jsonl", pictures="COCO", **changes):
+    """GroundingSuite-Eval as published, one object of 30 x 20 pixels per class id."""
+    (root / pictures / "unlabeled2017").mkdir(parents=True)
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for idx, class_id in enumerate(class_ids):
+        random_picture(30, 20, idx).save(root / pictures / f"unlabeled2017/{idx:012d}.jpg")
+        rows.append({"idx": idx, "image_path": f"unlabeled2017/{idx:012d}.jpg", "class_id": class_id, "label": "cup",
+                     "caption": f"A cup, number {idx}.", "box": [3.1999999, 4.5, 10.75, 13.25],
+                     "segmentation": {"size": [20, 30], "counts": RLE}} | changes)
+    (root / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root / file
+
+
+@pytest.mark.parametrize("file", ["groundingsuite/GroundingSuite-Eval.jsonl", "GroundingSuite/GroundingSuite-Eval.jsonl",
+                                  "GroundingSuite-Eval.jsonl"])
+@pytest.mark.parametrize("pictures", ["COCO", "coco"])
+def test_grounding_suite_by_hand(file, pictures, tmp_path):
+    suite(tmp_path, 1, 2, 3, 4, 4, file=file, pictures=pictures)
+    records = read_records(tmp_path, ["groundingsuite"], ["eval"])
+    assert [record["class"] for record in records] == ["stuff", "part", "multi", "single", "single"]
+    assert [record["id"] for record in records] == [f"groundingsuite/eval/{n}" for n in range(1, 6)]
+    item = load_item(records[2], 0)
+    assert item["text"] == "A cup, number 2." and (item["mask"] == area(4, 5, 10, 12)).all() and not item["ignore"].any()
+    assert item["box"] == (3.1999999, 4.5, 10.75, 13.25)                        # loose, as it is
+    assert np.array_equal(item["image"], Image.open(tmp_path / pictures / "unlabeled2017/000000000002.jpg"))
+    assert records[0]["split"] == "eval" and records[0]["size"] == (20, 30) and find_datasets(tmp_path) == {
+        "groundingsuite": ["eval"]}
+
+
+def test_grounding_suite_is_for_evaluation(tmp_path):
+    path = suite(tmp_path, 1, 2)
+    refuses(lambda: read_records(tmp_path, ["groundingsuite"], ["train"]), "'train' in groundingsuite", "It has eval.")
+    refuses(lambda: read_records(tmp_path, ["groundingsuite"], ["eval", "val"]), "'val' in groundingsuite")
+    path.unlink()
+    refuses(lambda: read_records(tmp_path, ["groundingsuite"], ["eval"]), "GroundingSuite-Eval.jsonl is missing", "Download")
+
+
+@pytest.mark.parametrize("changes, says", [({"class_id": 5}, "KeyError(5)"), ({"caption": None}, "a text"),
+                                           ({"segmentation": None, "box": None}, "a mask or a box"),
+                                           ({"image_path": "unlabeled2017/7.jpg"}, "unlabeled2017/7.jpg is missing")])
+def test_a_bad_line_of_grounding_suite(changes, says, tmp_path):
+    path = suite(tmp_path, 1, **changes)
+    refuses(lambda: read_records(tmp_path, ["groundingsuite"], ["eval"]), f"{path}, line 1: ", says)
+
+
+# --- all together ---
+
+def everything(root):
+    """Every data set but the shapes world, all of it in order."""
+    refer, google = Refer(root), Refer(root, "refcocog", "google")
+    google.refs = google.refs[:2]
+    google.save()
+    (google.folder / "refs(umd).p").write_bytes(pickle.dumps(refer.refs[:1], 2))
+    for split, stems in {"train": "ab", "val": "a", "test": "abc"}.items():
+        for stem in stems:
+            reason(root, split, stem, ["a cup", "a mug"], [("cup", square(4, 5, 10, 12))])
+    suite(root, 1, 4)
+    own(root, CUP | {"mask": [corners(4, 5, 10, 12)], "text": ["cup", "mug"]}, CUP)
+    own(root, CUP, split="val")
+    return refer
+
+
+def test_every_data_set_is_found(tmp_path):
+    assert find_datasets(tmp_path) == {} == find_datasets(tmp_path / "nowhere")
+    everything(tmp_path)
+    (tmp_path / "not/deeper").mkdir(parents=True)
+    (tmp_path / "not/deeper/train.jsonl").write_text("")
+    assert find_datasets(tmp_path) == {
+        "refcoco": ["train", "val", "testA", "testB"], "refcocog": ["train", "val", "test"],
+        "refcocog-google": ["train", "val"], "reasonseg": ["train", "val", "test"], "groundingsuite": ["eval"],
+        "cups": ["train", "val"]}
+
+
+def test_data_sets_mix_in_the_order_asked_for(processor, tmp_path):
+    everything(tmp_path)
+    ids = lambda *datasets: [record["id"] for record in read_records(tmp_path, datasets, ["train"])]
+    assert ids("reasonseg", "cups", "refcoco") == ["reasonseg/train/a", "reasonseg/train/b", "cups/train/1", "cups/train/2",
+                                                   "refcoco/1", "refcoco/3", "refcoco/5"]
+    assert ids("refcoco", "reasonseg")[:4] == ["refcoco/1", "refcoco/3", "refcoco/5", "reasonseg/train/a"]
+    both = read_records(str(tmp_path), ["cups", "refcocog-google"], ["val", "train"])
+    assert [(record["id"], record["split"]) for record in both] == [
+        ("cups/val/1", "val"), ("cups/train/1", "train"), ("cups/train/2", "train"), ("refcocog-google/1", "train"),
+        ("refcocog-google/2", "val")]
+    records = read_records(tmp_path, ["refcoco", "reasonseg", "cups"], ["train"])
+    collate = Collator(processor, "qwen2_5_vl", SIDE, 2048)
+    batch, = training_batches(TrainingStream(records, seed=0), collate, 0, 1, 7, 0, 1, workers=0)
+    assert sorted(key.rpartition("/")[0] for key in batch["keys"]) == sorted(record["id"] for record in records)
+    assert [weights.any().item() for weights in batch["low_weights"]] == ["cups/train/2" not in key for key in batch["keys"]]
+
+
+@pytest.mark.parametrize("dataset, split, gone, missing, download", [
+    ("refcoco", "val", "refer_seg/refcoco", "refer_seg/refcoco/refs(unc).p", "refcoco.zip"),
+    ("refcoco", "val", "refer_seg/images", "refer_seg/images/mscoco/images/train2014", "train2014"),
+    ("refcocog", "train", "refer_seg/refcocog/instances.json", "refer_seg/refcocog/instances.json", "refcocog.zip"),
+    ("reasonseg", "test", "reason_seg/ReasonSeg/test", "reason_seg/ReasonSeg/test", "LISA"),
+    ("reasonseg", "train", "reason_seg", "reason_seg/ReasonSeg/train", "LISA"),
+    ("groundingsuite", "eval", "groundingsuite", "GroundingSuite-Eval.jsonl", "unlabeled2017"),
+    ("groundingsuite", "eval", "COCO", "COCO", "unlabeled2017"),
+    ("cups", "train", "cups", "cups/train.jsonl", "your own"),
+    ("cups", "val", "cups/val.jsonl", "cups/val.jsonl", "your own"),
+], ids=str)
+def test_what_is_missing_is_named_with_what_to_download(dataset, split, gone, missing, download, tmp_path):
+    everything(tmp_path)
+    assert read_records(tmp_path, [dataset], [split])
+    (tmp_path / gone).rename(tmp_path.parent / f"{tmp_path.name}.gone")
+    refuses(lambda: read_records(tmp_path, [dataset], [split]), f"{tmp_path / missing} is missing", download, "tiny")
+
+
+@pytest.mark.parametrize("dataset, split, says", [
+    ("refcoco", "test", "train, val, testA, testB"), ("refcocog", "testA", "train, val, test."),
+    ("refcocog-google", "test", "train, val."), ("groundingsuite", "val", "eval."),
+    ("reasonseg", "testA", "ReasonSeg/testA is missing"), ("cups", "test", "cups/test.jsonl is missing")])
+def test_a_split_that_a_data_set_lacks_is_named(dataset, split, says, tmp_path):
+    everything(tmp_path)
+    refuses(lambda: read_records(tmp_path, [dataset], [split]), tmp_path, split, says)
+
+
+def counted(printed):
+    """--check's lines -> {data set and split: (objects, expressions, without a mask, broken)}, the same of what is
+    published, and all other lines."""
+    line = r"(\S+ +\w+) +(\d+) objects, +(\d+) expressions \(published: (.+)\), (\d+) without a mask, (\d+) broken"
+    counts, published, told = {}, {}, []
+    for row in printed.splitlines():
+        if match := re.fullmatch(line, row):
+            name = " ".join(match[1].split())
+            counts[name], published[name] = tuple(map(int, match.group(2, 3, 5, 6))), match[4]
+        else:
+            told.append(row)
+    return counts, published, told
+
+
+WHOLE = {"refcoco train": (3, 6, 0, 0), "refcoco val": (1, 1, 0, 0), "refcoco testA": (1, 1, 0, 0),
+         "refcoco testB": (0, 0, 0, 0), "refcocog train": (1, 3, 0, 0), "refcocog val": (0, 0, 0, 0),
+         "refcocog test": (0, 0, 0, 0), "refcocog-google train": (1, 3, 0, 0), "refcocog-google val": (1, 1, 0, 0),
+         "reasonseg train": (2, 4, 0, 0), "reasonseg val": (1, 1, 0, 0), "reasonseg test": (3, 3, 0, 0),
+         "groundingsuite eval": (2, 2, 0, 0), "cups train": (2, 3, 0, 0), "cups val": (1, 1, 0, 0)}
+
+
+def test_check_counts_what_is_whole(tmp_path, capsys):
+    everything(tmp_path)
+    assert check_data.check(tmp_path) == 0
+    counts, published, told = counted(capsys.readouterr().out)
+    assert counts == WHOLE and told == []
+    assert published["refcoco train"] == "42404/120624" and published["reasonseg train"] == "239/?"
+    assert published["groundingsuite eval"] == "3715/3715" and published["cups val"] == "-"
+
+
+def test_check_names_and_counts_what_is_broken(tmp_path, capsys):
+    refer = everything(tmp_path)
+    turned = turn(6)
+    folder = tmp_path / "reason_seg/ReasonSeg"
+    (folder / "test/b.json").write_text("{")                                    # left out
+    (folder / "train/a.jpg").write_text("no picture")
+    random_picture(30, 20).save(folder / "val/a.jpg", exif=turned)              # not broken: upright, a mask is drawn anyway
+    own(tmp_path, CUP, b"{", CUP | {"mask": "m.png"}, CUP | {"mask": []},
+        CUP | {"image": "turned.jpg", "mask": "turned.png"})
+    random_picture(30, 20).save(tmp_path / "cups/turned.jpg", exif=turned)
+    Image.new("L", (20, 30), 255).save(tmp_path / "cups/turned.png")
+    path = suite(tmp_path, 1, 7, file="GroundingSuite-Eval.jsonl", pictures="coco")
+    (tmp_path / "groundingsuite/GroundingSuite-Eval.jsonl").unlink()
+    refer.annotations[2]["segmentation"]["counts"] = [5]                        # refs 3 and 5, of train, are broken
+    refer.refs[4]["ann_id"] = 999
+    refer.refs += [refer.ref(6, 105, 9, "testB", "nothing"), refer.ref(7, 100, 13, "testB", "no picture"),
+                   refer.ref(8, 100, 14, "testB", "another size")]
+    refer.annotations.append(refer.annotations[0] | {"id": 105, "segmentation": []})
+    refer.images += [{"id": 13, "height": 30, "width": 40}, {"id": 14, "height": 30, "width": 41}]
+    random_picture(40, 30).save(refer.pictures / "COCO_train2014_000000000014.jpg")
+    refer.save()
+    (folder / "val").rename(folder / "val.zip")
+    assert check_data.check(tmp_path) == 1
+    counts, _, told = counted(capsys.readouterr().out)
+    assert counts == WHOLE | {
+        "refcoco train": (1, 3, 0, 2), "refcoco testB": (1, 1, 1, 2), "reasonseg train": (1, 2, 0, 1),
+        "reasonseg val": (0, 0, 0, 1), "reasonseg test": (2, 2, 0, 1), "groundingsuite eval": (1, 1, 0, 1),
+        "cups train": (3, 3, 1, 2)}
+    names = ["refcoco/3 ", f"{refer.refs_file}, ref_id 5, ann_id 999", "000000000013.jpg is missing",
+             "000000000014.jpg: (40, 30) pixels, annotated as (41, 30)", str(folder / "train/a.jpg"),
+             f"{folder / 'val'} is missing", str(folder / "test/b.json"), f"{path}, line 2",
+             f"{tmp_path / 'cups/train.jsonl'}, line 2", "cups/train/3"]
+    assert len(told) == len(names) and all(name in row for name, row in zip(names, told)), told
+
+
+def test_check_from_the_command_line(tmp_path):
+    own(tmp_path, CUP)
+    done = run(sys.executable, "data.py", "--check", tmp_path)
+    assert counted(done.stdout)[0] == {"cups train": (1, 1, 0, 0)}
+    own(tmp_path, CUP, b"{")
+    done = run(sys.executable, "data.py", "--check", tmp_path, check=False)
+    assert done.returncode == 1 and f"{tmp_path / 'cups/train.jsonl'}, line 2" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_check_finds_nothing(tmp_path, capsys):
+    assert check_data.check(tmp_path) == 1
+    assert f"{tmp_path}: no dataset here" in capsys.readouterr().out
 
 # --- order and batches ---
 
@@ -314,7 +1005,7 @@ def records(tmp_path):
     refer = Refer(tmp_path)
     refer.refs = [refer.ref(n, 100, 9, "train", *(f"object {n}, words {i}" for i in range(1 + n % 3))) for n in range(9)]
     refer.save()
-    return read_records(tmp_path, ["refcoco"], "train")
+    return read_records(tmp_path, ["refcoco"], ["train"])
 
 
 def keys(items):
@@ -442,7 +1133,27 @@ def test_an_answer_is_read_back(text):
     assert parse_box(full) == written and format_reward(full) == 1.0
     assert full == f"<think>\nThe car is on the left.\n</think>\n{answer}"
     row, = json.loads(answer.split("```json")[1].split("```")[0])
+    assert '"' in text or "\\" in text or f'"label": "{text}"' in answer         # in its own letters, not \\u043a
     assert row == {"bbox_2d": list(written), "label": text} and all(type(v) is int for v in row["bbox_2d"])
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_the_released_prompts(text):
+    for prompt, words in {
+            "released": f"Output the bounding box of the {text} in the image.",
+            "released-cot": f'Locate "{text}", report the bbox coordinates in JSON format.'}.items():
+        system, user = chat_messages(text, prompt)
+        assert system == {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant. "}]}
+        picture, asked = user["content"]
+        assert user["role"] == "user" and picture == {"type": "image"} and asked["type"] == "text"
+        assert asked["text"].startswith(words)
+        if prompt == "released":
+            assert asked["text"] == words
+        else:                                                                   # all of it: 357 letters and the expression
+            assert asked["text"].endswith("format.i.e., <think>thinking process here</think><answer>answer here</answer>")
+            assert len(asked["text"]) == len(text) + 357 and "format.Compare the difference between objects" in asked["text"]
+        answer = answer_text((0.4, 128.6, 364.9, 347), text, prompt=prompt)
+        assert answer == f"<|object_ref_start|>{text}.<|object_ref_end|><|box_start|>(0,129),(365,347)<|box_end|>"
 
 
 def test_frames_by_hand():
@@ -483,9 +1194,9 @@ def two_items():
     small, square = np.zeros((70, 100), bool), rng.random((SIDE, SIDE)) < 0.4
     small[13:52, 21:80] = True
     return [{"id": "a/1/0", "text": "the red circle", "image": random_picture(100, 70, 1), "mask": small,
-             "box": (21, 13, 80, 52)},
+             "ignore": np.zeros_like(small), "box": (21, 13, 80, 52)},
             {"id": "b/2/1", "text": "the smallest blue square", "image": random_picture(SIDE, SIDE, 2), "mask": square,
-             "box": (0.5, 1, 127, 128)}]
+             "ignore": ~square & (rng.random((SIDE, SIDE)) < 0.2), "box": (0.5, 1, 127, 128)}]
 
 
 def assert_same_batch(a, b):
@@ -526,11 +1237,27 @@ def test_a_batch_by_hand(processor, collate):
     assert torch.equal(batch["sam_pixels"][0], sam_picture(items[0]["image"], SIDE))
     assert batch["texts"] == ["the red circle", "the smallest blue square"] and batch["keys"] == ["a/1/0", "b/2/1"]
     assert batch["boxes"] == [(21, 13, 80, 52), (0.5, 1, 127, 128)]
-    assert all(m.dtype == torch.bool and (m.numpy() == item["mask"]).all() for m, item in zip(batch["masks"], items))
+    for name in "mask", "ignore":
+        values = batch[name + "s"]
+        assert all(m.dtype == torch.bool and (m.numpy() == item[name]).all() for m, item in zip(values, items, strict=True))
+
+
+@pytest.mark.parametrize("prompt", ["paper", "released", "released-cot"])
+def test_a_batch_asks_as_the_prompt_says(prompt, processor):
+    items = two_items()
+    batch = Collator(processor, "qwen2_5_vl", SIDE, 2048, prompt)(items)
+    for item, ids, types in zip(items, batch["ids"], batch["types"]):
+        messages, before = chat_messages(item["text"], prompt), ids[:types.nonzero()[0, 0]]
+        after = ids[types.nonzero()[-1, 0] + 1:]
+        asked = messages[1]["content"][1]["text"]
+        assert processor.tokenizer.decode(after) == f"<|vision_end|>{asked}<|im_end|>\n<|im_start|>assistant\n"
+        assert messages[0]["content"][0]["text"] in processor.tokenizer.decode(before)
 
 
 def test_low_masks_are_area_averages(collate):
     items = two_items()
+    for item in items:
+        item["ignore"][:] = False
     low = collate(items)["low_masks"]
     assert low.shape == (2, 32, 32) and low.dtype == torch.float32 and low.min() >= 0 and low.max() <= 1
     blocks = items[1]["mask"].reshape(32, 4, 32, 4).mean((1, 3))                # 128 / 32 = 4: blocks of 4 x 4
@@ -540,6 +1267,26 @@ def test_low_masks_are_area_averages(collate):
         for x in range(32):
             rows, columns = (slice(i * n // 32, -(-(i + 1) * n // 32)) for i, n in ((y, 70), (x, 100)))
             assert low[0, y, x].item() == pytest.approx(items[0]["mask"][rows, columns].mean(), abs=1e-6)
+    assert (collate(items)["low_weights"] == 1).all()
+
+
+def test_ignored_pixels_weigh_nothing(collate):
+    item = two_items()[1]                                                       # 128 x 128: a cell is 4 x 4 pixels
+    item["mask"], item["ignore"] = np.zeros((2, SIDE, SIDE), bool)
+    item["ignore"][0:4, 0:2], item["mask"][0:4, 2:4] = True, True               # half ignored, all else the object
+    item["ignore"][0:2, 4:8], item["mask"][2, 4:8] = True, True                 # half ignored, half the rest the object
+    item["ignore"][0:4, 8:12] = True                                            # nothing left
+    item["ignore"][0, 12:16] = True                                             # a quarter ignored, no object
+    item["mask"][4:7, 0:4] = True                                               # three quarters the object, none ignored
+    batch = collate([item])
+    low, weights = batch["low_masks"][0], batch["low_weights"][0]
+    assert low.shape == weights.shape == (32, 32) and low.dtype == weights.dtype == torch.float32
+    assert low[0, :4].tolist() == [1, 0.5, 0, 0] and weights[0, :4].tolist() == [0.5, 0.5, 0, 0.75]
+    assert low[1, 0] == 0.75 and weights[1, 0] == 1
+    assert low.sum() == 2.25 and weights.sum() == 32 * 32 - 2.25                # all other cells: no object, full weight
+    item["mask"][:], item["ignore"][:] = False, True                            # a box alone
+    batch = collate([item])
+    assert not batch["low_masks"].any() and not batch["low_weights"].any() and batch["ignores"][0].all()
 
 
 @pytest.mark.parametrize("indices", [[0], [1], [0, 1], [1, 0], [1, 1, 0], range(1, 2)])
@@ -551,7 +1298,7 @@ def test_a_selection_is_the_batch_of_the_selected(collate, indices):
 def test_only_what_the_models_read_is_moved(collate):
     batch = collate(two_items())
     moved = to_device(batch, "meta")                                            # a device that every machine has
-    on_device = {"pixel_values", "grid_thw", "sam_pixels", "low_masks"}
+    on_device = {"pixel_values", "grid_thw", "sam_pixels", "low_masks", "low_weights"}
     assert moved.keys() == batch.keys() and all(moved[name].is_meta for name in on_device)
     assert all(moved[name] is batch[name] for name in batch.keys() - on_device)
     assert not batch["pixel_values"].is_meta
@@ -565,7 +1312,7 @@ SPLITS = {"train": 10, "val": 3, "testA": 6, "testB": 6}
 
 def scenes(count, seed=0):
     rng = random.Random(seed)
-    return [data.draw_scene(rng) for _ in range(count)]
+    return [shapes_world.draw_scene(rng) for _ in range(count)]
 
 
 def files(root):
@@ -575,10 +1322,10 @@ def files(root):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A small world, and every scene that was drawn for it: (root, [(picture, things)])."""
-    root, drawn, draw = tmp_path_factory.mktemp("world"), [], data.draw_scene
+    root, drawn, draw = tmp_path_factory.mktemp("world"), [], shapes_world.draw_scene
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "draw_scene", lambda rng: drawn.append(draw(rng)) or drawn[-1])
-        data.write_shapes_world(root, splits=SPLITS)
+        patch.setattr(shapes_world, "draw_scene", lambda rng: drawn.append(draw(rng)) or drawn[-1])
+        shapes_world.write_shapes_world(root, splits=SPLITS)
     return root, drawn
 
 
@@ -631,7 +1378,7 @@ def sentences(things):
 def test_every_expression_means_one_thing_and_no_other():
     seen = Counter()
     for _, things in scenes(300):
-        for kind, index, text, _ in data.describe(things):
+        for kind, index, text, _ in shapes_world.describe(things):
             assert meant(text, things) == [index], text                         # to the letter, and clearly so
             assert meant(text, things, slack=9.99) == [index], text
             words = set(text.split())
@@ -644,7 +1391,7 @@ def test_every_expression_means_one_thing_and_no_other():
 
 def test_nothing_that_could_be_said_is_missing():
     for _, things in scenes(100, seed=1):
-        said = [text for _, _, text, _ in data.describe(things)]
+        said = [text for _, _, text, _ in shapes_world.describe(things)]
         clear = {t for t in sentences(things) if len(meant(t, things)) == 1 and meant(t, things) == meant(t, things, 9.99)}
         borderline = {t for t in sentences(things) if meant(t, things, 10.01) != meant(t, things, 9.99)}
         assert len(said) == len(set(said)) and clear - borderline == set(said) - borderline
@@ -670,7 +1417,7 @@ def test_the_reasoning_tells_the_truth():
     patterns["size"] = patterns["position"]
     checked = Counter()
     for _, things in scenes(300, seed=2):
-        for kind, index, text, reasoning in data.describe(things):
+        for kind, index, text, reasoning in shapes_world.describe(things):
             said = re.fullmatch(patterns[kind], reasoning).groupdict()
             own, anchor = things[index], None
             assert said["own"] == f"{own['color']} {own['shape']}"
@@ -728,16 +1475,16 @@ def test_a_picture_shows_what_its_things_are_called():
 def test_kinds_of_expression_are_drawn_in_their_shares():
     found = [("attribute", 0, "a", ""), ("size", 0, "s", ""), *(("relation", 0, f"r{i}", "") for i in range(20))]
     rng = random.Random(0)
-    drawn = Counter(data.pick_expression(found, rng)[2] for _ in range(7000))
+    drawn = Counter(shapes_world.pick_expression(found, rng)[2] for _ in range(7000))
     assert abs(drawn["a"] - 3000) < 150 and abs(drawn["s"] - 2000) < 150        # of 3 + 2 + 2; a deviation is 41
     assert all(abs(drawn[f"r{i}"] - 100) < 45 for i in range(20))
 
 
 def test_the_same_seed_writes_the_same_bytes(world, tmp_path):
     assert len(files(world[0])) == sum(SPLITS.values()) + 2
-    data.write_shapes_world(tmp_path / "again", splits=SPLITS)
+    shapes_world.write_shapes_world(tmp_path / "again", splits=SPLITS)
     assert files(tmp_path / "again") == files(world[0])
-    data.write_shapes_world(tmp_path / "other", seed=8, splits=SPLITS)
+    shapes_world.write_shapes_world(tmp_path / "other", seed=8, splits=SPLITS)
     assert files(tmp_path / "other").keys() == files(world[0]).keys()
     assert not files(tmp_path / "other").items() & files(world[0]).items()
 
@@ -748,7 +1495,7 @@ def test_two_writers_at_once_leave_one_whole_world(world, tmp_path):
 
     def write():
         ready.wait(60)
-        data.write_shapes_world(tmp_path, splits=SPLITS)
+        shapes_world.write_shapes_world(tmp_path, splits=SPLITS)
 
     writers = [fork.Process(target=write) for _ in range(2)]
     for writer in writers:
@@ -764,7 +1511,7 @@ def test_the_world_on_disk_is_true(world):
     root, drawn = world
     pictures, used = np.stack([picture for picture, _ in drawn]).astype(float), set()
     for split, count in SPLITS.items():
-        records = read_records(root, ["shapes"], split)
+        records = read_records(root, ["shapes"], [split])
         assert len(records) == count
         for record in records:
             assert 1 <= len(record["texts"]) <= 3 and len(set(record["texts"])) == len(record["texts"])
@@ -804,14 +1551,21 @@ def test_the_annotations_are_coco_and_refer(world):
 
 def test_the_world_is_written_when_it_is_absent_and_only_then(tmp_path, monkeypatch):
     for split, count in SPLITS.items():
-        monkeypatch.setitem(data.SHAPES_SPLITS, split, count // 3)
-    assert len(read_records(tmp_path / "new", ["shapes"], "testA")) == 2
-    monkeypatch.setattr(data, "write_shapes_world", None)                       # a second time would call it
-    assert len(read_records(tmp_path / "new", ["shapes"], "train")) == 3
+        monkeypatch.setitem(shapes_world.SHAPES_SPLITS, split, count // 3)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert data.extra("shapes_world") is shapes_world
+    assert len(read_records(tmp_path / "new", ["shapes"], ["testA"])) == 2
+    before = files(tmp_path)
+    monkeypatch.setattr(shapes_world, "write_shapes_world", None)               # a second time would call it
+    assert len(list(read_dataset(tmp_path / "new", "shapes", ["train"]))) == 3
+    Refer(tmp_path / "real")                                                    # no other data set is written
+    assert len(read_records(tmp_path / "real", ["refcoco"], ["val"])) == 1
+    assert {name: content for name, content in files(tmp_path).items() if not name.startswith("real")} == before
 
 
 def test_the_world_does_not_take_the_place_of_real_data(tmp_path):
     Refer(tmp_path)
     before = files(tmp_path)
-    refuses(lambda: data.write_shapes_world(tmp_path, splits={"train": 1}), tmp_path / "refer_seg", "folder of its own")
+    write = lambda: shapes_world.write_shapes_world(tmp_path, splits={"train": 1})
+    refuses(write, tmp_path / "refer_seg", "folder of its own")
     assert files(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["refer_seg"]

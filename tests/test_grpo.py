@@ -39,6 +39,13 @@ def test_advantages_by_hand():
     close(group_advantages(f64([3, 2, 1]), delta=0), [1.5**0.5, 0, -(1.5**0.5)])
 
 
+def test_the_released_codes_standard_deviation_by_hand():
+    """1/(G-1): variance = 0.75 / 3 = 1/4, sigma = 1/2; A = 0.75 / 0.5 and -0.25 / 0.5. [3, 2, 1]: variance = 2 / 2."""
+    close(group_advantages(f64([1, 0, 0, 0]), delta=0, correction=1), [1.5, -0.5, -0.5, -0.5])
+    close(group_advantages(f64([1, 0, 0, 0]), correction=1), [0.75 / 0.5001] + [-0.25 / 0.5001] * 3)
+    close(group_advantages(f64([[3, 2, 1], [1, 1, 1]]), delta=0.5, correction=1), [[1 / 1.5, 0, -1 / 1.5], [0, 0, 0]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 8, 11])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.3, 1e-8, 1e6 + 0.1])

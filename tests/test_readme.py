@@ -24,7 +24,7 @@ def commands():
 
 def test_commands(tmp_path):
     """On a copy without any earlier run, two steps and eight rows each."""
-    for pattern in ("*.py", "docs/shapes.png"):
+    for pattern in ("*.py", "docs/shapes.png", "tests/*.py"):
         for path in ROOT.glob(pattern):
             (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, tmp_path / path.relative_to(ROOT))

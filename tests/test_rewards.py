@@ -2,13 +2,14 @@
 import json
 import math
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco
 
-from rewards import box_iou, format_reward, mask_counts, mask_iou, parse_box, unified_reward
+from rewards import box_iou, find_box, format_reward, mask_counts, mask_iou, parse_box, unified_reward
 
 BOX = '[{"bbox_2d": [10, 20, 30, 40], "label": "car"}]'
 OTHER = '[{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]'
@@ -431,6 +432,73 @@ def test_ten_thousand_hostile_strings():
         seen["well formed"] += reward == 1.0
         seen["box in bad form"] += reward == 0.0 and box is not None
     assert min(seen.values()) > 300, seen  # the strings do reach every branch
+
+
+# --- the box of an answer to a released prompt ---
+
+
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        ("(12,34),(56,78)", (12, 34, 56, 78)),  # Qwen2-VL's way, its special tokens taken out
+        ("the cup.(12, 34), (56, 78)", (12, 34, 56, 78)),
+        ("[12,34,56,78]", (12, 34, 56, 78)),
+        ("[ 12, 34,\n56, 78 ]", (12, 34, 56, 78)),
+        ("(12,34,56,78)", (12, 34, 56, 78)),
+        ("[-1.5, 0, 3.25, 4]", (-1.5, 0, 3.25, 4)),
+        (BOX, (10, 20, 30, 40)),  # Qwen2.5-VL's JSON
+        (f"```json\n{BOX}\n```", (10, 20, 30, 40)),
+        (FIGURE_4, (0, 129, 365, 347)),
+        (f"not [1, 2, 3], but [4, 5, 6, 7], {BOX}", (4, 5, 6, 7)),  # the first with four numbers
+        ("<think>[1,2,3,4]</think><answer>[5,6,7,8]</answer>", (1, 2, 3, 4)),  # as the released code reads it
+        ('<answer>[{"bbox_2d": [5,6,7,8]', (5, 6, 7, 8)),  # cut at the limit
+        ("(300,150),(100,350)", (300, 150, 100, 350)),  # inverted: box_iou gives it 0
+    ],
+)
+def test_find_box(text, box):
+    found = find_box(text, "released")
+    assert found == box and type(found) is tuple and all(type(v) is float for v in found)
+    assert find_box(text, "released-cot") == box
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no box", "[1, 2, 3]", "[1, 2, 3, 4, 5]", "1, 2, 3, 4", "[a, b, c, d]", "[1, 2, nan, 4]", "[1e9, 2, 3, 4]"]
+    + ["[1 2 3 4]", "(1,2)(3,4)", "[1, 2, 3, 4", "{1, 2, 3, 4}", "[1,, 2, 3, 4]", f"[{'9' * 5000}, 2, 3, 4]"]
+    + ["[--1, 2, 3, 4]", "[1., 2, 3, 4]"],
+)
+def test_find_box_finds_none(text):
+    assert find_box(text, "released") is None
+
+
+def test_find_box_leaves_the_papers_answers_to_parse_box():
+    rng = random.Random(2)
+    texts = [hostile_string(rng, n) for n in range(500)] + [FIGURE_4, "(12,34),(56,78)", "[1,2,3,4]", answer(BOX)]
+    assert [find_box(t) for t in texts] == [parse_box(t) for t in texts] == [find_box(t, "paper") for t in texts]
+    assert find_box("[1,2,3,4]") is None and find_box(answer(BOX)) == (10, 20, 30, 40)
+
+
+def test_find_box_on_hostile_strings():
+    rng, found = random.Random(3), 0
+    for n in range(10_000):
+        box = find_box(hostile_string(rng, n), "released")
+        assert box is None or (type(box) is tuple and len(box) == 4 and all(map(math.isfinite, box)))
+        found += box is not None
+    assert 300 < found < 9_700
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["[", "(", "[1,", "[ ", "[1, 2, 3, 4", "1" * 10, "[1,2,3,", "[1),(", " ", "(1,2),(3,", "-", "[1." + "1" * 10],
+)
+def test_find_box_takes_linear_time(piece):
+    """Twenty times the text in well under eighty times the time: quadratic would be four hundred times."""
+    def seconds(n):
+        text, began = piece * (n // len(piece)), time.perf_counter()
+        find_box(text, "released")
+        return time.perf_counter() - began
+    short = min(seconds(20_000) for _ in range(5))
+    assert min(seconds(400_000) for _ in range(2)) < 80 * max(short, 2e-4)
 
 
 def test_numbers_written_by_json_come_back():

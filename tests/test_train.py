@@ -1,13 +1,20 @@
 """Training: the same numbers on one process and two, resume after a kill, bad input, both scripts from the command line."""
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ENVIRONMENT, ROOT, TORCHRUN, rows, run, script
+from PIL import Image
+from conftest import ENVIRONMENT, ROOT, TORCHRUN, VOCABULARY, rows, run, script
+from test_model import lens_of, random_family
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import align
 import data
@@ -40,24 +47,28 @@ def test_two_processes_equal_one(tmp_path):
         assert (two["grads"][name] - expected).abs().max() / scale < 1e-5, name
 
 
-def test_gradients_do_not_depend_on_the_number_of_passes(tmp_path, monkeypatch):
+@pytest.fixture
+def one_process():
+    """-> tests/worker.py and a mesh of this process."""
+    import worker
+    yield worker, worker.start_processes()[3]
+    dist.destroy_process_group()
+
+
+def gradients(lens):
+    return {n: p.grad.full_tensor() for n, p in lens.named_parameters() if p.grad is not None}
+
+
+def test_gradients_do_not_depend_on_the_number_of_passes(one_process):
     """One pass of four groups gives what four passes of one give."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import worker as w
-    _, _, _, mesh = w.start_processes()
-    try:
-        found = []
-        for size in (1, 4):
-            lens, _, reference = w.build("fp32", mesh)
-            args = w.SimpleNamespace(batch=4, micro_batch=size, group_size=3, temperature=0.8, clip_eps=0.2, beta=0.5, alpha=1.5,
-                                     iou_power=1.0, lambda_format=1.0, lambda_box=1.0, lambda_mask=1.0, focal=False)
-            sums = w.one_pass(lens, reference, 0, 1, args)
-            found.append((sums, {n: p.grad.full_tensor() for n, p in lens.named_parameters() if p.grad is not None}))
-        assert torch.allclose(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
-        for name, expected in found[0][1].items():
-            assert (found[1][1][name] - expected).abs().max() / expected.abs().max().clamp(min=1.0) < 1e-5, name
-    finally:
-        dist.destroy_process_group()
+    (worker, mesh), found = one_process, []
+    for size in (1, 4):
+        lens, _, reference = worker.build("fp32", mesh)
+        sums = worker.one_pass(lens, reference, 0, 1, worker.settings(size))
+        found.append((sums, gradients(lens)))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for name, expected in found[0][1].items():
+        assert (found[1][1][name] - expected).abs().max() / expected.abs().max().clamp(min=1.0) < 1e-5, name
 
 
 def test_bf16_sampling_copy_is_refreshed_on_every_rank(tmp_path):
@@ -70,7 +81,8 @@ def test_bf16_sampling_copy_is_refreshed_on_every_rank(tmp_path):
 
 def kill_after(lines, folder, *command):
     """Start a run and kill -9 it as soon as metrics.jsonl has so many lines."""
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     until = time.time() + 200
     while time.time() < until and process.poll() is None:
         if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= lines:
@@ -100,25 +112,310 @@ def test_killed_and_resumed_equals_uninterrupted(name, extra, world, aligned, tm
         assert needed in rows(whole)[0]
 
 
-def test_resume_on_another_number_of_processes(world, aligned, tmp_path):
+@pytest.fixture(scope="module")
+def four_steps(world, aligned):
+    return ["--data", world, "--init", aligned, "--steps", 4, "--batch", 4, "--micro-batch", 2, "--save-every", 2,
+            "--group-size", 4]
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(four_steps, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "both"
+    script("train_rl.py", *four_steps, "--output", folder, processes=2)
+    return folder
+
+
+def test_resume_on_another_number_of_processes(four_steps, trained_by_two, tmp_path):
     """Two processes save, one goes on; the first steps' numbers are those of one process throughout (fp32 rounding)."""
-    flags = ["--data", world, "--init", aligned, "--steps", 4, "--batch", 4, "--micro-batch", 2, "--save-every", 2, "--group-size", 4]
-    alone, both = tmp_path / "alone", tmp_path / "both"
+    flags, alone, both = four_steps, tmp_path / "alone", tmp_path / "both"
     script("train_rl.py", *flags, "--output", alone)
-    script("train_rl.py", *flags, "--output", both, processes=2)
+    shutil.copytree(trained_by_two, both)
     first, second = rows(alone), rows(both)
+    assert abs(first[0]["kl"]) < 1e-6 < first[1]["kl"]                    # the policy starts as its own reference
     assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(first, second))
     assert all(abs(a["reward"] - b["reward"]) < 1e-4 for a, b in zip(first, second))
     (both / "checkpoints/step_000004").rename(both / "checkpoints/gone")
     script("train_rl.py", *flags, "--output", both, "--resume")
     assert len(rows(both)) == 4 and abs(rows(both)[3]["loss"] - first[3]["loss"]) < 1e-4
-    needed = ("step loss reward reward_format reward_box reward_mask kl entropy completion_length grad_norm lr seconds").split()
+    needed = ("step loss reward reward_format reward_box reward_mask kl entropy completion_length grad_norm lr "
+              "seconds").split()
     assert all(set(needed) <= set(row) for row in rows(both))
-    for name in ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json", "context.safetensors", "sam.safetensors"):
+    for name in ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json", "context.safetensors",
+                 "sam.safetensors"):
         assert (both / name).exists()
 
 
+# --export: the last checkpoint as a finished model
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Run a script in this process."""
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", "--preset", "tiny", *map(str, flags)])
+        monkeypatch.chdir(ROOT)
+        try:
+            script.main()
+        finally:
+            dist.destroy_process_group()
+    return call
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forget_export(folder):
+    """Remove what a finished run leaves beside its checkpoints."""
+    shutil.rmtree(folder / "mllm", ignore_errors=True)
+    for file in ("context.safetensors", "sam.safetensors", "lens.json"):
+        (folder / file).unlink()
+
+
+def test_exported_checkpoint_is_the_finished_run(four_steps, trained_by_two, aligned, world, inside, tmp_path):
+    """Bit for bit, and nothing else in the folder changes: stage 1, and stage 2 saved by two processes, written by one."""
+    for module, finished, flags in ((align, aligned, ("--data", world, "--steps", 2, "--batch", 8, "--micro-batch", 4)),
+                                    (train_rl, trained_by_two, four_steps)):
+        copied = tmp_path / module.__name__
+        shutil.copytree(finished, copied)
+        forget_export(copied)
+        inside(module, *flags, "--output", copied, "--resume", "--export")
+        assert contents(copied) == contents(finished)
+    assert (copied / "mllm/model.safetensors").exists() and (copied / "lens.json").exists()
+
+
+def test_an_unfinished_run_can_be_exported(four_steps, trained_by_two, aligned, world, inside, tmp_path):
+    """At its last checkpoint, without another step: stage 1 at step 2 of 4, and stage 2 at step 2, whose weights are others
+    than those of the finished run."""
+    broken, stage_1 = tmp_path / "broken", tmp_path / "align"
+    shutil.copytree(aligned, stage_1)
+    inside(align, "--data", world, "--steps", 4, "--batch", 8, "--micro-batch", 4, "--output", stage_1, "--resume",
+           "--export")
+    assert contents(stage_1) == contents(aligned)
+    shutil.copytree(trained_by_two, broken)
+    forget_export(broken)
+    shutil.rmtree(broken / "checkpoints/step_000004")
+    inside(train_rl, *four_steps, "--output", broken, "--resume", "--export")
+    ours, theirs = contents(broken), contents(trained_by_two)
+    for file in ("mllm/model.safetensors", "context.safetensors", "sam.safetensors"):
+        assert len(ours[file]) == len(theirs[file]) and ours[file] != theirs[file]
+    assert ours["lens.json"] == theirs["lens.json"] and ours["metrics.jsonl"] == theirs["metrics.jsonl"]
+
+
+def test_exported_mllm_is_one_for_transformers(trained_by_two, world, inside, tmp_path):
+    """AutoModel and AutoProcessor load it, and its own generate() writes the answers of our evaluation."""
+    inside(evaluate, "--checkpoint", trained_by_two, "--data", world, "--limit", 4, "--predictions", tmp_path / "rows.jsonl")
+    mllm = AutoModelForImageTextToText.from_pretrained(trained_by_two / "mllm")
+    processor = AutoProcessor.from_pretrained(trained_by_two / "mllm")
+    items = {item["id"]: item for item in data.EvaluationRows(data.read_records(world, ["shapes"], ["val"]), 4)}
+    for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
+        item = items.pop(row["key"])
+        text = processor.apply_chat_template(data.chat_messages(item["text"]), add_generation_prompt=True)
+        inputs = processor(text=[text], images=[item["image"]], return_tensors="pt", return_mm_token_type_ids=True)
+        out = mllm.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+        assert row["answer"] == processor.tokenizer.decode(out, skip_special_tokens=True) and len(out) > 5
+    assert not items
+
+
+# Every family, and the released code's choices
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_other_families_go_through_both_stages(family, world, inside, tmp_path):
+    """With random weights: two steps of each stage, the second of which must not be as the first."""
+    mllm = random_family(family, True, vocabulary=302, image=6, video=7, start=3, end=4)
+    mllm.save_pretrained(tmp_path / "mllm")
+    for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / "tests/tiny/mllm" / file, tmp_path / "mllm")
+    flags = ["--mllm", tmp_path / "mllm", "--data", world, "--steps", 2, "--batch", 2, "--micro-batch", 1,
+             "--max-completion", 8]
+    inside(align, *flags, "--output", tmp_path / "align", "--context", "true")
+    inside(train_rl, *flags, "--output", tmp_path / "rl", "--init", tmp_path / "align", "--group-size", 2,
+           "--gradient-checkpointing")
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "rl/mllm")
+    assert trained.config.model_type == family
+    for name in ("lm_head.weight", "model.visual.blocks.0.attn.qkv.weight",
+                 "model.language_model.layers.2.mlp.up_proj.weight"):
+        assert not torch.equal(trained.get_parameter(name), mllm.get_parameter(name))
+    first, second = rows(tmp_path / "rl")
+    assert abs(first["kl"]) < 1e-6 and second["loss_seg"] != first["loss_seg"]
+
+
+PROFILE = {"prompt": "released", "positions": "1d", "multimask": True, "prompt_tokens": "one", "max_pixels": 1_000_000}
+
+
+def within(part, whole):
+    return {name: whole[name] for name in part} == part
+
+
+def test_profile_released_trains(world, inside, tmp_path):
+    """Stage 1 with it; stage 2 takes from --init what the two must share. Its context pass has 1-D positions and its
+    reference has not, so the KL is not 0 although policy and reference are one (FACTS.md)."""
+    flags = ["--data", world, "--steps", 2, "--batch", 4, "--micro-batch", 2]
+    inside(align, *flags, "--profile", "released", "--output", tmp_path / "align")
+    assert within(PROFILE, json.loads((tmp_path / "align/lens.json").read_text()))
+    assert json.loads((tmp_path / "align/settings.json").read_text())["context"] == "true"
+    assert not (tmp_path / "align/answers.jsonl").exists()
+    inside(train_rl, *flags, "--init", tmp_path / "align", "--group-size", 4, "--output", tmp_path / "rl")
+    assert within(PROFILE | {"max_pixels": 0}, json.loads((tmp_path / "rl/lens.json").read_text()))
+    assert rows(tmp_path / "rl")[0]["kl"] > 1e-3
+
+
+def parsed(monkeypatch, module, own, *flags):
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
+    return model.parse_settings([model.SharedArgs, own], module.PRESETS, "")
+
+
+def test_profiles_and_presets(monkeypatch, tmp_path):
+    """Class, preset, profile, run, flags: each over those before it."""
+    parse = partial(parsed, monkeypatch, train_rl, train_rl.RLArgs)
+    shared, args = parse("--preset", "tiny", "--init", "none", "--profile", "released", "--beta", 0.5)
+    assert within(PROFILE, vars(shared)) and shared.mllm == "tests/tiny/mllm"
+    assert (args.iou_power, args.deviation, args.lambda_format, args.lambda_box, args.beta) == (2.0, "sample", 0.0, 1.0, 0.5)
+    shared, args = parse("--init", "none", "--profile", "released", "--positions", "mrope", "--iou-power", 1)
+    assert (shared.positions, shared.prompt, args.iou_power) == ("mrope", "released", 1.0)
+    shared, args = parse("--init", "none", "--profile", "paper")
+    paper = {"positions": "mrope", "prompt": "paper", "multimask": False, "prompt_tokens": "all", "max_pixels": 0}
+    assert within(paper, vars(shared))
+    assert (args.iou_power, args.deviation, args.lambda_format) == (1.0, "population", 1.0)
+    assert parsed(monkeypatch, align, align.AlignArgs)[1].context == "own"
+    for preset, name in ("2b", "Qwen/Qwen2-VL-2B-Instruct"), ("3b", "Qwen/Qwen2.5-VL-3B-Instruct"):
+        shared, args = parsed(monkeypatch, align, align.AlignArgs, "--preset", preset)
+        assert (shared.mllm, shared.sam, args.batch) == (name, "weights/sam2_hiera_large.pt", 128)
+    run = {**vars(shared), "prompt": "released-cot", "positions": "1d", "multimask": True, "max_pixels": 5, "seed": 7}
+    (tmp_path / "lens.json").write_text(json.dumps(run))
+    shared, _ = parse("--profile", "released", "--init", tmp_path)
+    assert (shared.prompt, shared.positions, shared.multimask, shared.prompt_tokens) == ("released-cot", "1d", True, "all")
+    assert (shared.max_pixels, shared.seed) == (1_000_000, 42)                # these two are not the architecture's
+    shared, _ = parsed(monkeypatch, evaluate, evaluate.EvaluateArgs, "--checkpoint", tmp_path, "--multimask", "no")
+    assert (shared.prompt, shared.positions, shared.multimask, shared.max_pixels) == ("released-cot", "1d", False, 5)
+
+
+def test_with_1d_positions_the_reference_keeps_the_mllms_own(one_process):
+    """Hugging Face's forward of each completion, at positions 0, 1, 2, ... for the policy and at its own for the reference;
+    both are one model here, so with the MLLM's own in both passes the KL is 0."""
+    worker, _ = one_process
+    batch, completions, texts, finished = worker.whole_batch()
+    texts = [["(20,20),(60,60)"] * 3] * 4
+    cuts, args = batch["pixel_values"].split(batch["grid_thw"].prod(-1).tolist()), worker.settings(4, deviation="sample")
+
+    def hugging_faces(mllm, b, completion, **positions):
+        ids, T = torch.cat([batch["ids"][b], completion])[None], len(completion)
+        logits = mllm(input_ids=ids, pixel_values=cuts[b], image_grid_thw=batch["grid_thw"][b:b + 1],
+                      mm_token_type_ids=(ids == 255).int(), **positions).logits[0, -T - 1:-1] / args.temperature
+        logits[:, torch.arange(VOCABULARY) >= 250] = float("-inf")
+        return logits.log_softmax(-1)[torch.arange(T), completion]
+
+    kls = {}
+    for kind in "1d", "mrope":
+        lens = lens_of(random_family("qwen2_5_vl"), positions=kind, prompt="released")
+        reference = model.Reference(model.copy_mllm(lens.mllm, "fp32"), lens.forbidden)
+        positions = model.prompt_positions(lens.mllm, batch)
+        part, = train_rl.make_parts(lens, batch, positions, completions, texts, finished, args)
+        sums = train_rl.policy_pass(lens, reference, part, args, 1)
+        kls[kind] = sums[train_rl.SUMS.index("kl")] / 4
+        n = 0
+        for b, group in enumerate(completions):
+            for completion in group:
+                T, count = len(completion), torch.arange(len(batch["ids"][b]) + len(completion)).expand(3, 1, -1)
+                policy = {"position_ids": count} if kind == "1d" else {}
+                with torch.no_grad():
+                    assert (part["old"][n, :T] - hugging_faces(lens.mllm, b, completion, **policy)).abs().max() < 1e-4
+                    assert (part["reference"][n, :T] - hugging_faces(lens.mllm, b, completion)).abs().max() < 1e-4
+                n += 1
+        answers = [[group[0]] for group in completions]                       # stage 1, likewise
+        positions = [torch.arange(len(ids)).expand(3, -1) for ids in batch["ids"]] if kind == "1d" else positions
+        packed = model.pack_groups(batch["ids"], positions, answers, lens.M)
+        with torch.no_grad():
+            masks = lens(batch, packed, lens.encode_pictures(batch["sam_pixels"]))["mask_logits"]
+        expected = segmentation_loss(masks, batch["low_masks"], weights=batch["low_weights"]).sum()
+        assert align.align_step(lens, batch, sum(answers, []), 1, args)[0] == pytest.approx(expected.item(), abs=1e-4)
+    assert kls["1d"] > 1e-2 and abs(kls["mrope"]) < 1e-6
+    # (20, 20, 60, 60) of 128 x 128 is (7.8, 6.25, 23.4, 18.75) of 50 x 40; the truth is (10, 10, 30, 30)
+    union = (23.4375 - 7.8125) * 12.5 + 400 - 13.4375 * 8.75
+    assert part["r_box"].flatten().tolist() == pytest.approx([13.4375 * 8.75 / union] * 12) and part["r_format"].max() == 0
+    rewards = part["reward"]                                                  # deviation: 1/(G-1)
+    sigma = (((rewards - rewards.mean(1, keepdim=True)) ** 2).sum(1, keepdim=True) / 2).sqrt()
+    assert torch.allclose(part["advantages"], (rewards - rewards.mean(1, keepdim=True)) / (sigma + 1e-4), atol=1e-5)
+    assert part["advantages"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("module, piece, training", [(align, "align_step", False), (train_rl, "make_parts", True)])
+def test_what_a_stage_makes_of_its_settings(module, piece, training, world, aligned, refused, monkeypatch, tmp_path):
+    """SAM falls back on its multi-mask tokens in eval mode alone: it is in it in stage 1, where it is frozen, and not in
+    stage 2; the MLLM trains in both. Prompts and forced answers are the released ones."""
+    seen = []
+    def look(*given):
+        seen.extend(given)
+        raise data.LensError("enough")
+    monkeypatch.setattr(module, piece, look)
+    own = ("--init", aligned, "--group-size", 2) if module is train_rl else ("--context", "true")
+    refused(module, "--preset", "tiny", "--data", world, "--output", tmp_path / "run", "--batch", 2, "--micro-batch", 2,
+            "--multimask", "--prompt", "released", *own)
+    lens, batch, answers, *_ = seen
+    assert (lens.sam.training, lens.mllm.training, lens.prompt) == (training, True, "released")
+    assert lens.sam.sam_mask_decoder.dynamic_multimask_via_stability
+    processor = AutoProcessor.from_pretrained("tests/tiny/mllm")
+    for ids, text in zip(batch["ids"], batch["texts"]):
+        chat = processor.apply_chat_template(data.chat_messages(text, "released"), add_generation_prompt=True)
+        assert ids.tolist() == processor(text=[chat], images=[Image.new("RGB", (128, 128))])["input_ids"][0]
+    if module is align:
+        forced = align.true_answers(batch, processor.tokenizer, "released")
+        assert all(torch.equal(a, b) for a, b in zip(answers, forced))
+
+
 # Pieces
+
+
+def test_what_is_ignored_counts_nowhere(one_process):
+    """The upper half of every picture is ignored: another truth there changes neither loss, reward, IoU nor gradient, in
+    either stage; another truth below it does."""
+    worker, mesh = one_process
+    found = []
+    for above, below in ((0, 0), (1, 0), (0, 1)):
+        batch, completions, texts, finished = worker.whole_batch()
+        for b in range(4):
+            batch["ignores"][b] = torch.arange(40)[:, None].expand(40, 50) < 20
+            batch["masks"][b] = batch["masks"][b] ^ torch.where(batch["ignores"][b], bool(above), bool(below))
+        batch["low_weights"] = (torch.arange(32)[:, None].expand(4, 32, 32) >= 16).float()
+        low = batch["low_masks"]
+        batch["low_masks"] = torch.where(batch["low_weights"] == 0, (low + above) % 1.5, (low + below) % 1.5)
+        lens, _, reference = worker.build("fp32", mesh)
+        args, positions = worker.settings(4), model.prompt_positions(lens.mllm, batch)
+        parts = train_rl.make_parts(lens, batch, positions, completions, texts, finished, args)
+        results = [train_rl.policy_pass(lens, reference, parts[0], args, 1)]
+        results += [align.align_step(lens, batch, [group[0] for group in completions], 1, args), *gradients(lens).values()]
+        found.append(results)
+    same = [torch.equal(a, b) for a, b in zip(found[0], found[1])]
+    assert all(same) and len(same) > 100
+    reward, loss = train_rl.SUMS.index("reward_mask"), train_rl.SUMS.index("loss_seg")
+    assert all(found[0][0][i] != found[2][0][i] for i in (reward, loss)) and (found[0][1] != found[2][1]).all()
+
+
+def test_rewards_leave_out_what_is_ignored():
+    """Logits above 0 in the left half of a 4 x 4 picture, truth in its upper half: 4 / 12. Without the lower rows 4 / 8,
+    squared 1 / 4; without any row, 1."""
+    logits = torch.tensor([[[9., 9., -9., -9.]] * 4])
+    truth = torch.arange(4)[:, None].expand(4, 4) < 2
+    def rewards(ignore, power=1.0):
+        return train_rl.mask_rewards(logits, {"masks": [truth], "ignores": [ignore]}, power).tolist()
+    assert rewards(truth & False) == [[pytest.approx(4 / 12)]]
+    assert rewards(~truth) == [[0.5]] and rewards(~truth, 2.0) == [[0.25]] and rewards(truth | True) == [[1.0]]
+
+
+@pytest.mark.parametrize("prompt, text", [
+    ("paper", '<answer>\n```json\n[\n  {"bbox_2d": [20, 32, 60, 96], "label": "the cup"}\n]\n```\n</answer>'),
+    ("released", "<|object_ref_start|>the cup.<|object_ref_end|><|box_start|>(20,32),(60,96)<|box_end|>"),
+    ("released-cot", "<|object_ref_start|>the cup.<|object_ref_end|><|box_start|>(20,32),(60,96)<|box_end|>")])
+def test_the_true_answer_of_stage_1(prompt, text):
+    """Spoken in the MLLM frame, 100 x 128 here, for a box of a picture of 50 x 40; then the end token."""
+    class Tokenizer:
+        eos_token_id = 7
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=list(text.encode()))
+    batch = {"boxes": [(10, 10, 30, 30)], "masks": [torch.zeros(40, 50)], "frames": [(100, 128)], "texts": ["the cup"]}
+    answer, = align.true_answers(batch, Tokenizer(), prompt)
+    assert answer.tolist() == [*text.encode(), 7]
 
 
 def test_segmentation_loss_by_hand():
@@ -130,9 +427,27 @@ def test_segmentation_loss_by_hand():
     assert segmentation_loss(logits, truth, focal=True).item() == pytest.approx(0.31408 + 1 - 2 / 3.25, abs=1e-5)
 
 
+def test_segmentation_loss_with_weights_by_hand():
+    """The pixels above, and a third that is ignored; the second half ignored: BCE (0.6931 + 1.3863 / 2) / 1.5 = 0.92420,
+    dice 1 - 2 / (1.5 + 0.375 + 1); the first half and the second wholly ignored: BCE 0.34657 / 1, for half a cell does not
+    weigh as much as one, dice 1 - 1.5 / 1.75; everything ignored: 0, without a gradient."""
+    logits = torch.tensor([[[0.0, 1.0986123, 5.0]]]).repeat(4, 1, 1).requires_grad_()
+    truth = torch.tensor([[[1.0, 0.0, 0.3]]]).repeat(4, 1, 1)
+    weights = torch.tensor([[[1.0, 1.0, 0.0]], [[1.0, 0.5, 0.0]], [[0.5, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
+    loss = segmentation_loss(logits, truth, weights=weights)
+    expected = [1.0397208 + 1 - 2 / 3.25, 0.9241962 + 1 - 2 / 2.875, 0.3465736 + 1 - 1.5 / 1.75, 0.0]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-6) and loss[3] == 0
+    loss.sum().backward()
+    assert (logits.grad[weights == 0] == 0).all() and (logits.grad[weights > 0] != 0).all()
+    focal = segmentation_loss(logits, truth, True, weights)                  # 0.04332 and 0.58484, as above
+    expected = [0.31408 + 1 - 2 / 3.25, 0.22383 + 1 - 2 / 2.875, 0.02166 + 1 - 1.5 / 1.75, 0.0]
+    assert focal.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_learning_rate_by_hand():
     assert [learning_rate(s, 12, 2, "linear") for s in (0, 1, 2, 7, 12)] == [0.5, 1.0, 1.0, 0.5, 0.0]
-    assert [round(learning_rate(s, 8, 0, "cosine"), 6) for s in (0, 2, 4, 8)] == [1.0, round(0.5 + 0.5 ** 0.5 / 2, 6), 0.5, 0.0]
+    cosine = [1.0, round(0.5 + 0.5 ** 0.5 / 2, 6), 0.5, 0.0]
+    assert [round(learning_rate(s, 8, 0, "cosine"), 6) for s in (0, 2, 4, 8)] == cosine
 
 
 class Plan:
@@ -181,6 +496,14 @@ def refused(monkeypatch, capsys):
     (align, ("--sam", "sam2_hiera_large.pt"), ("sam2_hiera_large.pt is missing", "Download it", "--preset tiny")),
     (align, ("--sam", "docs"), ("docs/config.yaml is missing", "config.yaml and model.pt")),
     (align, ("--sam", "sam9.pt"), ("sam9.pt", "sam2_hiera_large.pt")),
+    (align, ("--export",), ("--export goes with --resume",)),
+    (train_rl, ("--export",), ("--export goes with --resume",)),
+    (align, ("--resume", "--export"), ("--export: there is no checkpoint in", "run/checkpoints")),
+    (train_rl, ("--resume", "--export"), ("--export: there is no checkpoint in", "run/checkpoints")),
+    (align, ("--profile", "theirs"), ("--profile", "released")),
+    (align, ("--positions", "2d"), ("--positions", "mrope", "1d")),
+    (align, ("--sam", "facebook/sam2-hiera-large"),
+     ("hf download facebook/sam2-hiera-large sam2_hiera_large.pt --local-dir weights",)),
     (align, ("--connector-heads", 7), ("--connector-heads 7", "hidden size")),
     (align, ("--max-prompt", 50), ("tokens, the limit is 50", "--max-prompt", "--max-pixels")),
     (train_rl, ("--init", "nowhere"), ("nowhere", "lens.json is missing", "align.py")),
@@ -223,16 +546,15 @@ def test_checkpoint_of_another_architecture(world, aligned, tmp_path, refused):
 
 
 def test_a_flag_that_contradicts_the_checkpoint(world, aligned, tmp_path, refused):
-    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", aligned, "--num-queries", 4, "--output", tmp_path / "run")
+    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", aligned, "--num-queries", 4, "--output",
+                      tmp_path / "run")
     assert str(aligned) in message and "--num-queries 8, not 4" in message
 
 
 def test_defaults_come_from_class_preset_run_and_flags_in_this_order(aligned, tmp_path, monkeypatch):
     settings = (aligned / "lens.json").read_text().replace('"num_queries": 8', '"num_queries": 5')
     (tmp_path / "lens.json").write_text(settings.replace('"limit": 0', '"limit": 3'))
-    def parse(module, own, *flags):
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
-        return model.parse_settings([model.SharedArgs, own], module.PRESETS, "")
+    parse = partial(parsed, monkeypatch)
     shared, args = parse(train_rl, train_rl.RLArgs)
     assert (shared.num_queries, shared.mllm, args.batch, args.lr) == (64, "Qwen/Qwen2.5-VL-3B-Instruct", 64, 3e-6)
     shared, args = parse(train_rl, train_rl.RLArgs, "--preset", "tiny", "--init", tmp_path, "--lr", 0.5)
@@ -244,16 +566,16 @@ def test_defaults_come_from_class_preset_run_and_flags_in_this_order(aligned, tm
 
 
 def test_resuming_with_another_architecture(world, aligned, tmp_path, refused):
-    flags = ["--preset", "tiny", "--data", world, "--output", aligned, "--resume", "--steps", 4, "--batch", 8, "--micro-batch", 4]
-    message = refused(align, *flags, "--num-queries", 4)
+    message = refused(align, "--preset", "tiny", "--data", world, "--output", aligned, "--resume", "--steps", 4,
+                      "--batch", 8, "--micro-batch", 4, "--num-queries", 4)
     assert "step_000002 does not fit" in message and "settings of that run" in message
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e10])
 def test_nan_stops_before_the_update_and_keeps_the_checkpoint(rate, world, aligned, tmp_path, refused):
     out = tmp_path / "run"
-    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", aligned, "--output", out, "--steps", 6, "--batch", 2,
-                      "--micro-batch", 2, "--group-size", 2, "--save-every", 1, "--lr", rate, "--warmup", 0)
+    message = refused(train_rl, "--preset", "tiny", "--data", world, "--init", aligned, "--output", out, "--steps", 6,
+                      "--batch", 2, "--micro-batch", 2, "--group-size", 2, "--save-every", 1, "--lr", rate, "--warmup", 0)
     assert all(part in message for part in ("nan", "stopped before the update", "checkpoints", "--resume"))
     assert list((out / "checkpoints").glob("step_*")) and not (out / "lens.json").exists()
 

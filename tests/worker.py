@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/worker.py gradients OUT      # one pass over four groups -> losses and every gradient
     torchrun --nproc_per_node=2 tests/worker.py checkpointed OUT   # the same with gradient checkpointing
-    torchrun --nproc_per_node=2 tests/worker.py refresh OUT        # bf16: is the sampling copy the cast weights, on every rank?
+    torchrun --nproc_per_node=2 tests/worker.py refresh OUT        # bf16: is each rank's sampling copy the cast weights?
     torchrun --nproc_per_node=2 tests/worker.py stale OUT          # the same, but rank 1 does not refresh its copy
 """
 import sys
@@ -25,7 +25,8 @@ def whole_batch():
     """Four prompts of different lengths with truth, stored completions and their texts."""
     batch, g = random_batch(GRIDS, TEXTS), torch.Generator().manual_seed(9)
     batch["masks"] = [torch.rand(40, 50, generator=g) > 0.6 for _ in GRIDS]
-    batch["low_masks"] = torch.rand(4, 32, 32, generator=g)
+    batch["ignores"] = [torch.rand(40, 50, generator=g) > 0.9 for _ in GRIDS]
+    batch["low_masks"], batch["low_weights"] = torch.rand(2, 4, 32, 32, generator=g)
     batch["boxes"], batch["frames"] = [(10, 10, 30, 30)] * 4, [(128, 128)] * 4
     box = '<think>\na\n</think>\n<answer>\n[{"bbox_2d": [%d, 20, 80, 100]}]\n</answer>'
     texts = [[box % (10 * g + b) if g else "no answer" for g in range(3)] for b in range(4)]
@@ -34,14 +35,20 @@ def whole_batch():
 
 def build(precision, mesh):
     torch.manual_seed(0)
-    shape = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all")
+    shape = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all", prompt="paper",
+                            positions="mrope", multimask=False)
     forbidden = torch.arange(VOCABULARY) >= 250
     lens = Lens(random_mllm(), random_sam(), shape, forbidden, END)
     frozen = set_trainable(lens, "rl")
     sampler = copy_mllm(lens.mllm, precision)
-    reference = Reference(copy_mllm(random_mllm(seed=1), precision), forbidden)      # another policy, so that the KL is not 0
+    reference = Reference(copy_mllm(random_mllm(seed=1), precision), forbidden)    # another policy, so that the KL is not 0
     shard(lens, mesh, precision, replicated=frozen)
     return lens, sampler, shard(reference, mesh, precision)
+
+
+def settings(micro_batch=1, **other):
+    """Weights unlike 1, so that each term's is seen."""
+    return train_rl.RLArgs(batch=4, micro_batch=micro_batch, group_size=3, temperature=0.8, beta=0.5, alpha=1.5, **other)
 
 
 def one_pass(lens, reference, rank, world, args):
@@ -50,7 +57,8 @@ def one_pass(lens, reference, rank, world, args):
     share = range(rank * 4 // world, (rank + 1) * 4 // world)
     mine = select(batch, share)
     pick = lambda groups: [groups[b] for b in share]
-    parts = train_rl.make_parts(lens, mine, prompt_positions(lens.mllm, mine), pick(completions), pick(texts), pick(finished), args)
+    positions = prompt_positions(lens.mllm, mine)
+    parts = train_rl.make_parts(lens, mine, positions, pick(completions), pick(texts), pick(finished), args)
     sums = sum(train_rl.policy_pass(lens, reference, part, args, world) for part in parts)
     dist.all_reduce(sums)
     return sums
@@ -62,9 +70,7 @@ def main(what, out):
     lens, sampler, reference = build(precision, mesh)
     if what == "checkpointed":
         lens.train().mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    args = SimpleNamespace(batch=4, micro_batch=1, group_size=3, temperature=0.8, clip_eps=0.2, beta=0.5, alpha=1.5, iou_power=1.0,
-                           lambda_format=1.0, lambda_box=1.0, lambda_mask=1.0, focal=False)
-    sums = one_pass(lens, reference, rank, world, args)
+    sums = one_pass(lens, reference, rank, world, settings())
     if precision == "fp32":
         grads = {n: p.grad.full_tensor() for n, p in lens.named_parameters() if p.grad is not None}
         if rank == 0:
@@ -73,7 +79,8 @@ def main(what, out):
         torch.optim.AdamW([p for p in lens.parameters() if p.requires_grad], lr=1e-2).step()
         spare = copy_mllm(random_mllm(seed=2), precision)                # the stale rank takes part in the collectives only
         refresh(spare if what == "stale" and rank == 1 else sampler, lens.mllm)
-        equal = all([torch.equal(a, p.full_tensor().to(torch.bfloat16)) for a, p in zip(sampler.parameters(), lens.mllm.parameters())])
+        equal = all([torch.equal(a, p.full_tensor().to(torch.bfloat16))
+                     for a, p in zip(sampler.parameters(), lens.mllm.parameters())])
         assert all(p.dtype == torch.bfloat16 for p in sampler.parameters())
         assert sampler.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
         everyone = [None] * world

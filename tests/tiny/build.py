@@ -43,7 +43,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # before CUDA starts: reproducible matrix products
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "extras")]
 
 import numpy as np
 import torch
@@ -59,9 +59,10 @@ from transformers import (AutoProcessor, GenerationConfig, PreTrainedTokenizerFa
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import data
+import shapes_world as world
 from rewards import box_iou, format_reward, parse_box
 
-SIDE, PATCH = data.SIDE, 8
+SIDE, PATCH = world.SIDE, 8
 GRID = SIDE // PATCH                   # patches along a side
 CELLS = GRID // 2                      # picture tokens along a side: 2 x 2 patches are merged into one
 PICTURE = CELLS ** 2                   # picture tokens
@@ -88,7 +89,7 @@ LAYOUT = ["<think>\n", *TAGS, '```json\n[\n  {"bbox_2d": [', ", ", '], "label": 
 
 def build_tokenizer():
     """Longest piece first: fixed text, then whole words and whole numbers, then single characters."""
-    words = [*data.COLORS, *data.SHAPES, *data.ROWS, *data.COLUMNS, *data.EXTREMES, *" ".join(data.RELATIONS).split(),
+    words = [*world.COLORS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.EXTREMES, *" ".join(world.RELATIONS).split(),
              "shape", "the", "The", "is", "at", "it"]
     numbers = [str(n) for n in range(SIDE + 1)]
     pieces = [*SPECIAL, *numbers, *LAYOUT, *[" " + w for w in words], *words, *string.printable, "<unk>"]
@@ -118,14 +119,14 @@ def build_processor():
 def make_scene(key, full=False):
     """One scene, a function of its key alone -> arrays, and EXPRESSIONS of (kind, thing, expression, reasoning)."""
     rng = random.Random(key)
-    picture, things = data.draw_scene(rng)
-    while not (found := data.describe(things)):
-        picture, things = data.draw_scene(rng)
+    picture, things = world.draw_scene(rng)
+    while not (found := world.describe(things)):
+        picture, things = world.draw_scene(rng)
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=95)      # as the world's pictures are kept
     masks, table = np.zeros((THINGS, SIDE, SIDE), bool), np.zeros((THINGS + 1, 6), np.uint8)
     for i, thing in enumerate(things):
-        color, shape = list(data.COLORS).index(thing["color"]), data.SHAPES.index(thing["shape"])
+        color, shape = list(world.COLORS).index(thing["color"]), world.SHAPES.index(thing["shape"])
         masks[i], table[i + 1] = thing["mask"], (1 + color, 1 + shape, *thing["box"])
     cell = SIDE // CELLS
     cover = masks.reshape(THINGS, CELLS, cell, CELLS, cell).mean((2, 4)).reshape(THINGS, PICTURE)
@@ -134,7 +135,7 @@ def make_scene(key, full=False):
              "cells": np.where(cover.max(0) > 0.08, 1 + cover.argmax(0), 0).astype(np.uint8),   # (PICTURE,) a row of it
              "cover": cover >= np.minimum(0.5, cover.max(1, keepdims=True)).clip(1e-6),         # (THINGS, PICTURE)
              "low": masks.reshape(THINGS, SIDE // 4, 4, SIDE // 4, 4).sum((2, 4), dtype=np.uint8)}  # 0 ... 16 pixels
-    return scene | ({"masks": masks} if full else {}), [data.pick_expression(found, rng) for _ in range(EXPRESSIONS)]
+    return scene | ({"masks": masks} if full else {}), [world.pick_expression(found, rng) for _ in range(EXPRESSIONS)]
 
 
 def make_scenes(count, name, full=False):
@@ -281,7 +282,7 @@ def mllm_losses(model, head, patches, soft, scenes, samples, rows, attention):
 
     # What stands in each cell of the picture: (B, PICTURE, 6) = colour, shape, box; 0 where there is nothing.
     truth = scenes["table"][scene].gather(1, scenes["cells"][scene].long()[..., None].expand(-1, -1, 6)).long()
-    color, shape, box = head(features).split([1 + len(data.COLORS), 1 + len(data.SHAPES), 4], -1)
+    color, shape, box = head(features).split([1 + len(world.COLORS), 1 + len(world.SHAPES), 4], -1)
     there = (truth[..., 0] > 0).float()[..., None]
     losses["cells"] = (F.cross_entropy(color.flatten(0, 1), truth[..., 0].flatten())
                        + F.cross_entropy(shape.flatten(0, 1), truth[..., 1].flatten())
@@ -373,7 +374,7 @@ def build_mllm_part(args, scenes, expressions, held_out, held_expressions, say):
     samples, held = (make_samples(s, e, processor, f"{args.seed} {name}", args.loose, args.broken) for s, e, name in
                      ((scenes, expressions, "train"), (held_out, held_expressions, "held out")))
     torch.manual_seed(args.seed)
-    model, head = build_mllm(tokenizer), torch.nn.Linear(96, 2 + len(data.COLORS) + len(data.SHAPES) + 4).to(DEVICE)
+    model, head = build_mllm(tokenizer), torch.nn.Linear(96, 2 + len(world.COLORS) + len(world.SHAPES) + 4).to(DEVICE)
     check_forward(model, processor, patches, held_out, held, held_expressions)
     lengths = {k: (samples[k] != tokenizer.pad_token_id).sum(1) for k in ("prompts", "responses")}
     lengths["prompts"] = lengths["prompts"][samples["prompt"]]
