@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box, select, to_device,
                   training_batches)
-from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint, on_device,
+from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint,
                    pack_groups, parse_settings, prompt_positions, run, save_checkpoint, set_trainable, shard,
                    start_processes)
 from rewards import mask_iou
@@ -228,7 +228,7 @@ class OwnAnswers:
 def align_step(lens, batch, answers, world, args):
     """Forward and backward of one pass of B prompts; gradients add up over passes. -> loss sum, mask IoU sum (tensors)."""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.positions)
-    packed = on_device(pack_groups(batch["ids"], positions, [[a] for a in answers], lens.M), batch["pixel_values"].device)
+    packed = pack_groups(batch["ids"], positions, [[a] for a in answers], lens.M, batch["pixel_values"].device)
     logits = lens(batch, packed, lens.encode_pictures(batch["sam_pixels"]), with_log_probs=False)["mask_logits"]
     loss = segmentation_loss(logits, batch["low_masks"], args.focal, batch["low_weights"]).sum()
     (loss * world / args.batch).backward()               # FSDP averages over ranks, so this is the mean over the batch

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import (Collator, EvaluationRows, LensError, find_datasets, extra, load_item, load_picture, read_records,
                   rescale_box, to_device)
 from model import (TINY, SamHead, SharedArgs, build_lens, context_positions, draw_uniforms, flag, full_size_masks, generate,
-                   is_released, load_sam, on_device, pack_groups, parse_settings, prompt_positions, run, start_processes)
+                   is_released, load_sam, pack_groups, parse_settings, prompt_positions, run, start_processes)
 from rewards import box_iou, find_box, format_reward, mask_counts
 
 
@@ -94,8 +94,8 @@ def predict(lens, stock, processor, batch, args, max_new, uniforms=None):
     prompts = [rescale_box(box or (0, 0, 0, 0), frame, side) for box, frame in zip(boxes, batch["frames"])]
     logits = {"box_prompt": stock(features, stock.box_prompts(torch.tensor(prompts, device=device).float())[:, None])}
     if args.checkpoint:
-        packed = pack_groups(batch["ids"], context_positions(positions, lens.positions), completions, lens.M)
-        logits["context"] = lens(batch, on_device(packed, device), features, with_log_probs=False)["mask_logits"]
+        packed = pack_groups(batch["ids"], context_positions(positions, lens.positions), completions, lens.M, device)
+        logits["context"] = lens(batch, packed, features, with_log_probs=False)["mask_logits"]
     rows = []
     for b, (answer, box, size) in enumerate(zip(answers, boxes, (mask.shape for mask in batch["masks"]))):
         masks = {kind: full_size_masks(maps[b:b + 1], size)[0].cpu() for kind, maps in logits.items()}

@@ -49,7 +49,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, HfArgumentParser)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
+                          AutoProcessor, DynamicCache, HfArgumentParser)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from data import LensError, extra
 
@@ -231,55 +234,78 @@ def context_positions(positions, kind):
     return positions if kind == "mrope" else [torch.arange(p.shape[1]).expand(3, -1) for p in positions]
 
 
-def pack_groups(prompt_ids, positions, completions, M):
+def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
     """Lay out B groups as B packed rows.
 
     prompt_ids: B x (P_b,); positions: B x (3, P_b); completions: B x G x (T_i,) long, on the CPU.
-    Returns a dict of tensors:
+    Returns a dict of tensors on `device`:
         ids (B, L)             prompt and completion tokens, 0 where a query or padding stands
         positions (3, B, L)    every completion continues from its prompt's end
-        segments (B, L)        0 prompt, i completion i with its queries, -1 padding
         queries (N, M)         flat index b * L + l of each context query
         predictors (tokens,)   flat index of the state that predicts each completion token; the first token of every
                                completion is predicted by the prompt's last state
         targets (tokens,)      those tokens, completion by completion
         mask (N, T)            where they go in a padded (N, T) table: the completion mask
+        group                  for group_attention: P; flat index of every token of a completion and its queries (N, S), 0
+                               for padding; their mask (N, 1, S, P + S) over prompt and themselves; the slots of N * S that
+                               hold a token
     """
     rows, lengths = [], [len(c) for group in completions for c in group]
     for ids, position, group in zip(prompt_ids, positions, completions):
         P, slots = len(ids), torch.zeros(M, dtype=torch.long)
-        row = {"ids": [ids], "positions": [position], "segments": [torch.zeros(P, dtype=torch.long)],
-               "queries": [], "predictors": []}
+        row = {"ids": [ids], "positions": [position], "rows": [], "queries": [], "predictors": []}
         start, first = P, int(position.max()) + 1
-        for i, completion in enumerate(group, 1):
+        for completion in group:
             T = len(completion)
             row["ids"] += [completion, slots]
             row["positions"].append((first + torch.arange(T + M)).expand(3, -1))
-            row["segments"].append(torch.full((T + M,), i))
+            row["rows"].append(start + torch.arange(T + M))
             row["predictors"].append(torch.cat([torch.tensor([P - 1]), start + torch.arange(T - 1)]))
             row["queries"].append(start + T + torch.arange(M))
             start += T + M
-        rows.append({name: torch.cat(parts, -1) if name in ("ids", "positions", "segments") else parts
-                     for name, parts in row.items()})
+        rows.append({name: torch.cat(parts, -1) if name in ("ids", "positions") else parts for name, parts in row.items()})
     L = max(len(row["ids"]) for row in rows)
     pad = lambda name, value: torch.stack([F.pad(row[name], (0, L - len(row["ids"])), value=value) for row in rows])
     flat = lambda name: [index + b * L for b, row in enumerate(rows) for index in row[name]]
-    return {"ids": pad("ids", 0), "positions": pad("positions", 0).transpose(0, 1), "segments": pad("segments", -1),
-            "queries": torch.stack(flat("queries")), "predictors": torch.cat(flat("predictors")),
-            "targets": torch.cat([c for group in completions for c in group]),
-            "mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]}
+    P, S, N = max(map(len, prompt_ids)), max(lengths) + M, len(lengths)
+    places = torch.stack([F.pad(row, (0, S - len(row)), value=-1) for row in flat("rows")])
+    packed = {"ids": pad("ids", 0), "positions": pad("positions", 0).transpose(0, 1),
+              "queries": torch.stack(flat("queries")), "predictors": torch.cat(flat("predictors")),
+              "targets": torch.cat([c for group in completions for c in group]),
+              "mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
+              "prompts": torch.tensor([len(ids) for ids in prompt_ids]).repeat_interleave(N // len(rows)),
+              "places": places.clamp(min=0), "slots": (places >= 0).flatten().nonzero()[:, 0]}
+    packed = {name: value.to(device, non_blocking=True) for name, value in packed.items()}
+    of_prompt = (torch.arange(P, device=device) < packed.pop("prompts")[:, None])[:, None].expand(N, S, P)
+    causal = torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(N, S, S)
+    packed["group"] = P, packed.pop("places"), torch.cat([of_prompt, causal], 2)[:, None], packed.pop("slots")
+    return packed
 
 
-def on_device(packed, device):
-    return {name: value.to(device, non_blocking=True) for name, value in packed.items()}
+def group_attention(module, query, key, value, attention_mask, group=None, scaling=None, **kwargs):
+    """Attention of a packed row: the prompt attends to itself, and every completion to the prompt and itself, so a sample
+    pays for its own tokens only. Registered with transformers as "lens"; without `group` it is their sdpa attention.
+
+    query (B, heads, L, d); key, value (B, kv heads, L, d); group: see pack_groups.
+    Prompts are where rows begin, so one causal pass over the first P columns serves all B; for a prompt shorter than P
+    that pass leaves its completions' first places wrong, and they are overwritten below. -> (B, L, heads, d)"""
+    if group is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    P, places, mask, slots = group
+    (B, heads, L, d), G = query.shape, len(places) // len(query)
+    own = lambda x: x.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)                            # (N, heads, S, d)
+    both = lambda x: torch.cat([x[:, :, :P].repeat_interleave(G, 0), own(x)], 2)                       # (N, heads, P + S, d)
+    prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, scale=scaling,
+                                            enable_gqa=True)
+    completions = F.scaled_dot_product_attention(own(query), both(key), both(value), attn_mask=mask, scale=scaling,
+                                                 enable_gqa=True)
+    out = F.pad(prompt, (0, 0, 0, L - P)).transpose(1, 2).flatten(0, 1)                                # (B * L, heads, d)
+    completions = completions.transpose(1, 2).flatten(0, 1)                                            # (N * S, heads, d)
+    return out.index_copy(0, places.flatten()[slots], completions[slots]).view(B, L, heads, d), None
 
 
-def group_mask(segments):
-    """(B, L) segments -> (B, 1, L, L) bool attention mask: causal, and the key is of the prompt or of one's own segment."""
-    L = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(L, L, dtype=torch.bool, device=segments.device).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
+AttentionInterface.register("lens", group_attention)
+AttentionMaskInterface.register("lens", sdpa_mask)               # of the passes without a group
 
 
 def embed(mllm, ids, batch):
@@ -297,14 +323,16 @@ def embed(mllm, ids, batch):
 
 def group_hidden(mllm, batch, packed, queries=None):
     """Eq. 2 for whole groups: the MLLM's last hidden states, flat (B * L, C), of packed rows."""
+    if mllm.config.text_config._attn_implementation != "lens":               # any other would ignore `group`
+        mllm.set_attn_implementation({"text_config": "lens"})
     inputs = embed(mllm, packed["ids"], batch)
     B, L, C = inputs["inputs_embeds"].shape
     if queries is not None:                                                  # (M, C), the same for all N completions
         flat, where = inputs["inputs_embeds"].view(B * L, C), packed["queries"].flatten()
         flat = flat.index_copy(0, where, queries.to(flat.dtype).repeat(len(packed["queries"]), 1))
         inputs["inputs_embeds"] = flat.view(B, L, C)
-    return mllm.model.language_model(**inputs, position_ids=packed["positions"], use_cache=False,
-                                     attention_mask=group_mask(packed["segments"])).last_hidden_state.view(B * L, C)
+    return mllm.model.language_model(**inputs, position_ids=packed["positions"], use_cache=False, group=packed["group"]
+                                     ).last_hidden_state.view(B * L, C)
 
 
 def policy_logits(lm_head, hidden, forbidden, temperature):

@@ -32,7 +32,7 @@ from align import (Metrics, TrainArgs, apply_update, learning_rate, open_output,
 from data import Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device, training_batches
 from grpo import group_advantages, grpo_loss
 from model import (TINY, Reference, SharedArgs, build_lens, context_positions, copy_mllm, draw_uniforms, export, flag,
-                   full_size_masks, generate, load_checkpoint, on_device, pack_groups, parse_settings, prompt_positions,
+                   full_size_masks, generate, load_checkpoint, pack_groups, parse_settings, prompt_positions,
                    refresh, run, save_checkpoint, set_trainable, shard, start_processes)
 from rewards import box_iou, find_box, format_reward, mask_iou, unified_reward
 
@@ -147,8 +147,7 @@ def make_parts(lens, batch, positions, completions, texts, finished, args):
     for i in range(0, len(completions), args.micro_batch):
         some = slice(i, i + args.micro_batch)
         sub = select(batch, range(len(completions))[some])
-        pack = lambda kind: on_device(pack_groups(sub["ids"], context_positions(positions[some], kind), completions[some],
-                                                  lens.M), device)
+        pack = lambda kind: pack_groups(sub["ids"], context_positions(positions[some], kind), completions[some], lens.M, device)
         r_format, r_box = text_rewards(texts[some], finished[some], sub, args.iou_power, lens.prompt)
         # with --positions 1d the context pass alone has those; the reference keeps the MLLM's own, as the released code's
         text_positions = {} if lens.positions == "mrope" else {"positions": pack("mrope")["positions"]}

@@ -14,11 +14,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import data
 import model
-from model import (completion_table, context_positions, generate, group_hidden, group_mask, pack_groups, pick_tokens,
+from model import (completion_table, context_positions, generate, group_hidden, pack_groups, pick_tokens,
                    prompt_positions, set_trainable, token_log_probs)
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -123,8 +124,10 @@ def test_a_completion_that_sees_another_is_caught(lens, monkeypatch):
     batch, completions = random_batch(), random_completions()
     with torch.no_grad():
         naive = naive_group(lens, batch, completions)
-        monkeypatch.setattr(model, "group_mask", lambda s: (torch.ones(s.shape[1], s.shape[1]).tril().bool()
-                                                            & (s[:, None] >= 0) | torch.eye(s.shape[1]).bool())[:, None])
+        honest = model.group_attention
+        plain = lambda module, q, k, v, mask, scaling=None, group=None, **_: (F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2), None)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "lens", plain)
         leaky = packed_group(lens, batch, completions)
     assert largest_difference(leaky[0], naive[0]) > 1e-2 and largest_difference(leaky[1], naive[1]) > 1e-2
     assert largest_difference(leaky[0][:1], naive[0][:1]) < 1e-5            # the first completion has nothing before it
@@ -171,21 +174,15 @@ def test_group_forward_of_every_family_equals_hugging_faces_own(family, checkpoi
         assert (parameter.grad - expected[name]).abs().max() / scale < 1e-4, name
 
 
-def test_group_mask_by_hand():
-    """Prompt of 2, completion 1 of 2, completion 2 of 1, one padding slot."""
-    segments = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    expected = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0],
-                             [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1]]).bool()
-    assert torch.equal(group_mask(segments)[0, 0], expected)
-
-
 def test_packed_layout_by_hand():
     """Prompt [7, 8] ends at position 4; completions [5] and [6, 9]; M = 2."""
     completions = [[torch.tensor([5]), torch.tensor([6, 9])]]
     packed = pack_groups([torch.tensor([7, 8])], [torch.tensor([[0, 4]] * 3)], completions, 2)
     assert packed["ids"].tolist() == [[7, 8, 5, 0, 0, 6, 9, 0, 0]]
     assert packed["positions"][0].tolist() == [[0, 4, 5, 6, 7, 5, 6, 7, 8]]
-    assert packed["segments"].tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 2]]
+    P, places, mask, slots = packed["group"]
+    assert P == 2 and places.tolist() == [[2, 3, 4, 0], [5, 6, 7, 8]] and slots.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert mask.tolist() == 2 * [[[[True] * (3 + i) + [False] * (3 - i) for i in range(4)]]]
     assert packed["queries"].tolist() == [[3, 4], [7, 8]]
     assert packed["predictors"].tolist() == [1, 1, 5] and packed["targets"].tolist() == [5, 6, 9]
     assert packed["mask"].tolist() == [[True, False], [True, True]]
