@@ -17,6 +17,7 @@ The parts of a training loop that both stages need (loss, schedule, metrics) sta
 """
 import json
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box, select, to_device,
                   training_batches)
 from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint,
-                   pack_groups, parse_settings, prompt_positions, run, save_checkpoint, set_trainable, shard,
+                   parse_settings, prompt_positions, read_answers, run, save_checkpoint, set_trainable, shard,
                    start_processes)
 from rewards import mask_iou
 
@@ -52,13 +53,16 @@ class TrainArgs:
     adam_beta2: float = flag(0.999, "AdamW's beta2")
     max_grad_norm: float = flag(1.0, "gradient clipping")
     focal: bool = flag(False, "focal loss in the place of binary cross-entropy")
-    gradient_checkpointing: bool = flag(True, "recompute the MLLM's layers in the backward pass")
     log_every: int = flag(10, "steps between printed lines")
     save_every: int = flag(100, "steps between checkpoints")
+    keep: int = flag(2, "checkpoints to keep; older ones are removed")
+    shard: Literal["full", "hybrid"] = flag("full", "hybrid: shard within a node, copies between nodes")
+    reshard: bool = flag(True, "free a layer's gathered weights after its forward; off is faster and takes more memory")
+    offload: bool = flag(False, "keep shards, gradients and optimizer in CPU memory (CUDA only)")
     log_to: Literal["", "wandb", "tensorboard"] = flag("", "also send metrics there, if that package is installed")
 
     def __post_init__(self):
-        for name in ("batch", "micro_batch", "epochs", "log_every", "save_every"):
+        for name in ("batch", "micro_batch", "epochs", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise LensError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if not self.lr > 0 or not 0 < self.adam_beta2 < 1 or not self.max_grad_norm > 0:
@@ -76,7 +80,7 @@ class AlignArgs(TrainArgs):
 
 
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125, lr=2e-3, warmup=10,
-                        gradient_checkpointing=False, save_every=50)}
+                        save_every=50)}
 
 
 # --- Pieces that both stages use ------------------------------------------------------------------
@@ -166,6 +170,25 @@ class Metrics:
             tqdm.write(text)
 
 
+def watch_signals():
+    """SIGTERM and SIGUSR1, a scheduler's warnings, end the run after the step with a checkpoint. -> a list, filled then."""
+    received = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
+
+
+def end_of_step(folder, step, total, lens, optimizer, args, received, metrics):
+    """Save when it is time, or when any process was told to stop. -> whether to stop. A collective."""
+    told = torch.tensor(float(bool(received)))
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    if step % args.save_every == 0 or step == total or told:
+        save_checkpoint(folder, step, lens, optimizer, args.keep)
+    if told and step < total:
+        metrics.say(f"stopped by a signal after step {step}, which is saved: go on with --resume")
+    return bool(told) and step < total
+
+
 def apply_update(lens, optimizer, factor, args, loss, step):
     """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before clipping.
 
@@ -228,8 +251,8 @@ class OwnAnswers:
 def align_step(lens, batch, answers, world, args):
     """Forward and backward of one pass of B prompts; gradients add up over passes. -> loss sum, mask IoU sum (tensors)."""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.positions)
-    packed = pack_groups(batch["ids"], positions, [[a] for a in answers], lens.M, batch["pixel_values"].device)
-    logits = lens(batch, packed, lens.encode_pictures(batch["sam_pixels"]), with_log_probs=False)["mask_logits"]
+    read = read_answers(lens.mllm, batch, positions, answers)
+    logits = lens(batch, read, lens.encode_pictures(batch["sam_pixels"]), with_log_probs=False)["mask_logits"]
     loss = segmentation_loss(logits, batch["low_masks"], args.focal, batch["low_weights"]).sum()
     (loss * world / args.batch).backward()               # FSDP averages over ranks, so this is the mean over the batch
     iou = mask_iou(logits > 0, batch["low_masks"] > 0.5, batch["low_weights"] < 0.5)
@@ -238,7 +261,7 @@ def align_step(lens, batch, answers, world, args):
 
 def main():
     shared, args = parse_settings([SharedArgs, AlignArgs], PRESETS, __doc__.splitlines()[0])
-    rank, world, device, mesh = start_processes()
+    rank, world, device, mesh = start_processes(args.shard)
     records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
     dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
@@ -246,9 +269,7 @@ def main():
     lens, processor = build_lens(shared, args.init, dtype)        # frozen weights need no fp32 masters
     frozen = set_trainable(lens, "align")
     lens.to(device).train().sam.eval()                            # SAM is frozen here; only --multimask sees the difference
-    if args.gradient_checkpointing:
-        lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(lens, mesh, shared.precision, replicated=frozen)
+    shard(lens, mesh, shared.precision, frozen, args.reshard, args.offload)
     optimizer = torch.optim.AdamW([{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
                                   lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
@@ -259,7 +280,7 @@ def main():
     if args.export:
         return export(folder, lens, shared)
     metrics = Metrics(folder, start, total, rank, args.log_to)
-    began = time.time()
+    received, began = watch_signals(), time.time()
     for step, batch in enumerate(loader, start):
         batch = to_device(batch, device)
         if args.context == "own":
@@ -281,8 +302,8 @@ def main():
         if step % args.log_every == 0:
             metrics.say(f"step {step + 1}: loss {loss:.3f}, mask IoU {iou:.3f}\n"
                         f"  {batch['texts'][0]!r} -> {processor.tokenizer.decode(answers[0], skip_special_tokens=True)!r}")
-        if (step + 1) % args.save_every == 0 or step + 1 == total:
-            save_checkpoint(folder, step + 1, lens, optimizer)
+        if end_of_step(folder, step + 1, total, lens, optimizer, args, received, metrics):
+            return
     export(folder, lens, shared)
     metrics.say(f"Stage 1 is done: {folder}")
 

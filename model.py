@@ -46,7 +46,7 @@ from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
@@ -335,6 +335,25 @@ def group_hidden(mllm, batch, packed, queries=None):
                                      ).last_hidden_state.view(B * L, C)
 
 
+@torch.no_grad()
+def read_answers(mllm, batch, positions, answers):
+    """Stage 1, where nothing before the queries is trained: prompt and answer of each of B prompts, without gradients.
+    -> {"cache", "attention" (B, P + T), "first" (B,): the position after each answer} for Lens.forward to go on from."""
+    after = [torch.cat([p, (int(p.max()) + 1 + torch.arange(len(a))).expand(3, -1)], -1) for p, a in zip(positions, answers)]
+    longer = {**batch, "ids": [torch.cat(pair) for pair in zip(batch["ids"], answers)]}
+    return dict(zip(("cache", "attention", "first"), prefill(mllm, longer, after, 1)[1:]))
+
+
+def query_states(mllm, read, queries):
+    """Eq. 2 for the M queries alone, after what `read_answers` has read. -> (B, M, C)"""
+    B, M = len(read["first"]), len(queries)
+    attention = torch.cat([read["attention"], read["attention"].new_ones(B, M)], 1)
+    position = (read["first"][:, None] + torch.arange(M, device=queries.device)).expand(3, B, M)
+    return mllm.model.language_model(inputs_embeds=queries.to(mllm.lm_head.weight.dtype).expand(B, -1, -1),
+                                     attention_mask=attention, position_ids=position, past_key_values=read["cache"],
+                                     use_cache=True).last_hidden_state
+
+
 def policy_logits(lm_head, hidden, forbidden, temperature):
     """Logits (n, V) in fp32 of the policy that is sampled and trained: the same temperature and the same forbidden
     tokens in both places, else the objective's probabilities are not those of the samples."""
@@ -383,13 +402,15 @@ class Lens(nn.Module):
             return self.image_encoder(sam_pixels)["backbone_fpn"]
 
     def forward(self, batch, packed, features, temperature=1.0, with_log_probs=True):
-        """One packed pass over B groups.
+        """One packed pass over B groups; in stage 1 `packed` is what read_answers gives.
 
         -> mask_logits (N, S/4, S/4) and query_states (N, M, C); with_log_probs also log_probs and entropy (N, T)."""
-        hidden = group_hidden(self.mllm, batch, packed, self.queries)
-        out = {"query_states": hidden[packed["queries"]]}                           # Q' of Eq. 2
-        prompts = self.connector(out["query_states"].to(self.connector.to_sam[0].weight.dtype))
-        B = len(packed["ids"])
+        if "cache" in packed:
+            out = {"query_states": query_states(self.mllm, packed, self.queries)}
+        else:
+            hidden = group_hidden(self.mllm, batch, packed, self.queries)
+            out = {"query_states": hidden[packed["queries"]]}                       # Q' of Eq. 2
+        prompts, B = self.connector(out["query_states"].to(self.connector.to_sam[0].weight.dtype)), len(batch["ids"])
         out["mask_logits"] = self.sam(features, prompts.view(B, -1, *prompts.shape[1:]))
         if with_log_probs:
             log_probs, entropy = token_log_probs(self.mllm.lm_head, hidden[packed["predictors"]], packed["targets"],
@@ -639,8 +660,9 @@ def export(folder, lens, args, mllm=None):
 
 # --- Processes: torch.distributed, FSDP2, resumable checkpoints -----------------------------------
 
-def start_processes():
-    """-> rank, world size, device, mesh. Under torchrun N processes; without it one, through the same code."""
+def start_processes(kind="full"):
+    """-> rank, world size, device, mesh. Under torchrun N processes; without it one, through the same code. The mesh of
+    kind "hybrid" is (nodes, processes of a node): shards within a node, copies between nodes."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -649,7 +671,9 @@ def start_processes():
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
+    world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mesh = init_device_mesh(device.type, (world,) if kind == "full" else (world // of_node, of_node))
+    return dist.get_rank(), world, device, mesh
 
 
 # Parts of SAM's head that one mask from given prompt embeddings never runs a gradient through
@@ -669,12 +693,14 @@ def set_trainable(lens, stage):
     return [p for p in lens.parameters() if not p.requires_grad]
 
 
-def shard(module, mesh, precision, replicated=()):
+def shard(module, mesh, precision, replicated=(), reshard=True, offload=False):
     """FSDP2: each transformer block a unit, SAM's head a unit in fp32, the rest in the root. fp32 masters, compute in
-    `precision`, gradients reduced in fp32. `replicated` parameters (the frozen ones) stay whole on every rank."""
+    `precision`, gradients reduced in fp32. `replicated` parameters (the frozen ones) stay whole on every rank; `reshard`
+    frees a unit's gathered weights between its forward and its backward; `offload` keeps shards in CPU memory."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    options = {"mesh": mesh, "ignored_params": set(replicated)}
+    options = {"mesh": mesh, "ignored_params": set(replicated), "reshard_after_forward": reshard,
+               "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     trained = lambda unit: not set(unit.parameters()) <= options["ignored_params"]
     units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
     units += [*module.connector.blocks] if isinstance(module, Lens) else []
@@ -700,16 +726,16 @@ def refresh(twin, mllm):
     """twin <- the sharded policy's weights, cast before they are gathered. A collective: every rank calls it, after
     every update, or some ranks would sample from a stale model."""
     for target, parameter in zip(twin.parameters(), mllm.parameters()):
-        target.copy_(parameter.to(target.dtype).full_tensor())
+        target.copy_(parameter.to(target.device, target.dtype).full_tensor())
 
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)      # not strict: the frozen ones are not in the state
 
 
-def save_checkpoint(folder, step, lens, optimizer):
+def save_checkpoint(folder, step, lens, optimizer, keep=2):
     """For resuming: FOLDER/checkpoints/step_N holds what is trained, the optimizer and the step. All else (data order,
-    samples, learning rate) is a function of the seed and the step. Written under another name and renamed; then the
-    older one goes."""
+    samples, learning rate) is a function of the seed and the step. Written under another name and renamed; then all
+    but the last `keep` go."""
     target = Path(folder) / "checkpoints" / f"step_{step:06d}"
     building = target.with_name(f"building_{step:06d}")
     if dist.get_rank() == 0:
@@ -722,7 +748,7 @@ def save_checkpoint(folder, step, lens, optimizer):
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
-        for old in sorted(target.parent.glob("step_*"))[:-2]:
+        for old in sorted(target.parent.glob("step_*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 

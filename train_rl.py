@@ -28,12 +28,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from align import (Metrics, TrainArgs, apply_update, learning_rate, open_output, plan_steps, segmentation_loss)
+from align import (Metrics, TrainArgs, apply_update, end_of_step, learning_rate, open_output, plan_steps,
+                   segmentation_loss, watch_signals)
 from data import Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device, training_batches
 from grpo import group_advantages, grpo_loss
 from model import (TINY, Reference, SharedArgs, build_lens, context_positions, copy_mllm, draw_uniforms, export, flag,
                    full_size_masks, generate, load_checkpoint, pack_groups, parse_settings, prompt_positions,
-                   refresh, run, save_checkpoint, set_trainable, shard, start_processes)
+                   refresh, run, set_trainable, shard, start_processes)
 from rewards import box_iou, find_box, format_reward, mask_iou, unified_reward
 
 
@@ -57,6 +58,7 @@ class RLArgs(TrainArgs):
     iou_power: float = flag(1.0, "R_box and R_seg are IoU to this power (2: released code)")
     deviation: Literal["population", "sample"] = flag("population", "sigma of Eq. 6; sample: the released code's")
     alpha: float = flag(1.0, "weight of the segmentation loss (Eq. 12)")
+    gradient_checkpointing: bool = flag(True, "recompute the MLLM's layers in the backward pass")
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,7 +178,7 @@ def parameter_groups(lens, args):
 
 def main():
     shared, args = parse_settings([SharedArgs, RLArgs], PRESETS, __doc__.splitlines()[0])
-    rank, world, device, mesh = start_processes()
+    rank, world, device, mesh = start_processes(args.shard)
     records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
     folder = open_output(args, (shared, args), rank)
@@ -187,9 +189,9 @@ def main():
     reference = Reference(copy_mllm(lens.mllm, shared.precision), lens.forbidden) if args.beta else None
     if args.gradient_checkpointing:
         lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(lens, mesh, shared.precision, replicated=frozen)
+    shard(lens, mesh, shared.precision, frozen, args.reshard, args.offload)
     if reference:
-        shard(reference, mesh, shared.precision)
+        shard(reference, mesh, shared.precision, (), args.reshard, args.offload)
     optimizer = torch.optim.AdamW(parameter_groups(lens, args), lr=args.lr, betas=(0.9, args.adam_beta2),
                                   weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
@@ -200,7 +202,8 @@ def main():
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total, args.batch, rank, world,
                               shared.workers)
     metrics = Metrics(folder, start, total, rank, args.log_to)
-    first, began = rank * (args.batch // world), time.time()          # this rank's first place in the batch
+    received, began = watch_signals(), time.time()
+    first = rank * (args.batch // world)                               # this rank's first place in the batch
     for step, batch in enumerate(loader, start):
         batch = to_device(batch, device)
         positions = prompt_positions(lens.mllm, batch)
@@ -223,8 +226,8 @@ def main():
             metrics.say(f"step {step + 1}: reward {means['reward']:.3f} = format {means['reward_format']:.3f}, box "
                         f"{means['reward_box']:.3f}, mask {means['reward_mask']:.3f}; kl {means['kl']:.4f}\n"
                         f"  {batch['texts'][0]!r} -> {texts[0][0]!r}")
-        if (step + 1) % args.save_every == 0 or step + 1 == total:
-            save_checkpoint(folder, step + 1, lens, optimizer)
+        if end_of_step(folder, step + 1, total, lens, optimizer, args, received, metrics):
+            return
     export(folder, lens, shared, (sampler, processor))
     metrics.say(f"Stage 2 is done: {folder}")
 
