@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box, select, to_device,
+from data import (Collator, LensError, TrainingStream, answer_text, extra, read_records, rescale_box, select, to_device,
                   training_batches)
 from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint,
                    parse_settings, prompt_positions, read_answers, run, save_checkpoint, set_trainable, shard,
@@ -142,17 +142,8 @@ class Metrics:
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.path)
         self.bar = tqdm(total=total, initial=start, desc=folder.name, dynamic_ncols=True)
-        try:
-            if log_to == "wandb":
-                import wandb
-                wandb.init(dir=str(folder), name=folder.name)
-                self.send = lambda row: wandb.log(row, step=row["step"])
-            elif log_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(folder)
-                self.send = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
-        except ImportError:
-            raise LensError(f"--log-to {log_to}: that package is not installed (pip install {log_to})") from None
+        if log_to:
+            self.send = extra("trackers").sender(log_to, folder)
 
     def write(self, row, show):
         """show: names of the numbers beside the progress bar."""

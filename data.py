@@ -55,7 +55,7 @@ class LensError(Exception):
 
 
 def extra(name):
-    """A module of tests/extras/: what a user may need but the method does not (the shapes world, tables, the gallery, ...)."""
+    """A module of tests/extras/: what a user may need but the method does not (the shapes world, tables, the gallery)."""
     folder = str(Path(__file__).resolve().parent / "tests/extras")
     sys.path += [folder] * (folder not in sys.path)
     return importlib.import_module(name)
@@ -356,7 +356,8 @@ def decode_mask(segmentation, size):
 def draw_reasonseg(shapes, size):
     """ReasonSeg's (label, points) -> mask, ignored pixels, both (H, W) bool. The largest is drawn first; "flag" is no
     object, a label with "ignore" in it hides what lies below, and any other label is the object."""
-    drawn = [(extra("polygons").fill_polygon(points, size), "ignore" in label) for label, points in shapes if label != "flag"]
+    fill = extra("polygons").fill_polygon
+    drawn = [(fill(points, size), "ignore" in label) for label, points in shapes if label != "flag"]
     mask, ignore = np.zeros(size, bool), np.zeros(size, bool)
     for i in np.argsort([filled.sum() for filled, _ in drawn])[::-1]:
         filled, hides = drawn[i]

@@ -15,12 +15,9 @@ Fig. 4's format. No row is skipped: an answer without a box still has a mask. Pi
 out of I and U; `--ignore background` counts them as the released code does, `--ignore foreground` as Seg-Zero does.
 Intervals are 95 % bootstrap intervals over objects.
 
-Every answer is also segmented the Seg-Zero way: the predicted box prompts an untouched SAM 2, without any context module.
-A table sets both side by side for the quartiles of box IoU, which shows what the context module adds where the box is wrong;
-`--prompt-with box` makes that way the one that is counted, and needs no checkpoint. (A published checkpoint holds its SAM 2,
-so there the box prompts that one.) `--sample` draws the answers at temperature 1 in the place of greedy ones.
-
-`--predictions FILE` keeps one line per row, written as it goes: the same command goes on where an interrupted one stopped.
+Every answer is also segmented the Seg-Zero way: the predicted box prompts an untouched SAM 2 (of a published checkpoint:
+the one it holds), without any context module. A table sets both side by side for the quartiles of box IoU; `--prompt-with
+box` makes that way the one that is counted, and needs no checkpoint.
 """
 import hashlib
 import json

@@ -1,7 +1,6 @@
 """Stage 2, reinforcement learning (Eq. 12): GRPO with unified rewards and a segmentation loss, end to end.
 
-    python train_rl.py --preset tiny                                  # one process, a laptop, about five minutes
-    torchrun --nproc_per_node=2 train_rl.py --preset tiny             # two processes, the same numbers
+    torchrun --nproc_per_node=2 train_rl.py --preset tiny             # a laptop; one process gives the same numbers
     torchrun --nproc_per_node=16 train_rl.py                          # the paper's settings (Table A2)
     torchrun --nproc_per_node=16 train_rl.py --resume                 # go on, also on another number of processes
 
@@ -149,7 +148,8 @@ def make_parts(lens, batch, positions, completions, texts, finished, args):
     for i in range(0, len(completions), args.micro_batch):
         some = slice(i, i + args.micro_batch)
         sub = select(batch, range(len(completions))[some])
-        pack = lambda kind: pack_groups(sub["ids"], context_positions(positions[some], kind), completions[some], lens.M, device)
+        pack = lambda kind: pack_groups(sub["ids"], context_positions(positions[some], kind), completions[some], lens.M,
+                                        device)
         r_format, r_box = text_rewards(texts[some], finished[some], sub, args.iou_power, lens.prompt)
         # with --positions 1d the context pass alone has those; the reference keeps the MLLM's own, as the released code's
         text_positions = {} if lens.positions == "mrope" else {"positions": pack("mrope")["positions"]}

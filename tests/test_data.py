@@ -961,8 +961,8 @@ def test_check_names_and_counts_what_is_broken(tmp_path, capsys):
     Image.new("L", (20, 30), 255).save(tmp_path / "cups/turned.png")
     path = suite(tmp_path, 1, 7, file="GroundingSuite-Eval.jsonl", pictures="coco")
     (tmp_path / "groundingsuite/GroundingSuite-Eval.jsonl").unlink()
-    refer.annotations[2]["segmentation"]["counts"] = [5]                        # refs 3 and 5, of train, are broken
-    refer.refs[4]["ann_id"] = 999
+    refer.refs[2]["ann_id"] = 999                                               # refs 3 and 5, of train, are broken
+    refer.annotations[4]["segmentation"] = corners(0, 0, 2, 3)
     refer.refs += [refer.ref(6, 105, 9, "testB", "nothing"), refer.ref(7, 100, 13, "testB", "no picture"),
                    refer.ref(8, 100, 14, "testB", "another size")]
     refer.annotations.append(refer.annotations[0] | {"id": 105, "segmentation": []})
@@ -976,7 +976,7 @@ def test_check_names_and_counts_what_is_broken(tmp_path, capsys):
         "refcoco train": (1, 3, 0, 2), "refcoco testB": (1, 1, 1, 2), "reasonseg train": (1, 2, 0, 1),
         "reasonseg val": (0, 0, 0, 1), "reasonseg test": (2, 2, 0, 1), "groundingsuite eval": (1, 1, 0, 1),
         "cups train": (3, 3, 1, 2)}
-    names = ["refcoco/3 ", f"{refer.refs_file}, ref_id 5, ann_id 999", "000000000013.jpg is missing",
+    names = [f"{refer.refs_file}, ref_id 3, ann_id 999", "refcoco/5 ", "000000000013.jpg is missing",
              "000000000014.jpg: (40, 30) pixels, annotated as (41, 30)", str(folder / "train/a.jpg"),
              f"{folder / 'val'} is missing", str(folder / "test/b.json"), f"{path}, line 2",
              f"{tmp_path / 'cups/train.jsonl'}, line 2", "cups/train/3"]
@@ -1133,7 +1133,7 @@ def test_an_answer_is_read_back(text):
     assert parse_box(full) == written and format_reward(full) == 1.0
     assert full == f"<think>\nThe car is on the left.\n</think>\n{answer}"
     row, = json.loads(answer.split("```json")[1].split("```")[0])
-    assert '"' in text or "\\" in text or f'"label": "{text}"' in answer         # in its own letters, not \\u043a
+    assert '"' in text or "\\" in text or f'"label": "{text}"' in answer         # in its own letters, not escaped
     assert row == {"bbox_2d": list(written), "label": text} and all(type(v) is int for v in row["bbox_2d"])
 
 

@@ -537,8 +537,9 @@ def write_everything(root):
 def everything(checkpoint, tmp_path_factory):
     root = tmp_path_factory.mktemp("everything")
     truth = write_everything(root)
-    printed = call("--data", root, "--checkpoint", checkpoint, "--splits", "all", "--json", root / "a.json", "--predictions",
-                   root / "a.jsonl", "--markdown", root / "a.md", "--gallery", root / "a.html")
+    printed = call("--data", root, "--checkpoint", checkpoint, "--splits", "all", "--eval-batch", 4, "--json",
+                   root / "a.json", "--predictions", root / "a.jsonl", "--markdown", root / "a.md", "--gallery",
+                   root / "a.html")
     return SimpleNamespace(root=root, truth=truth, printed=printed, result=numbers(root / "a.json"),
                            rows=lines(root / "a.jsonl"))
 

@@ -124,7 +124,6 @@ def test_a_completion_that_sees_another_is_caught(lens, monkeypatch):
     batch, completions = random_batch(), random_completions()
     with torch.no_grad():
         naive = naive_group(lens, batch, completions)
-        honest = model.group_attention
         plain = lambda module, q, k, v, mask, scaling=None, group=None, **_: (F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2), None)
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "lens", plain)
@@ -718,7 +717,7 @@ def test_what_is_a_released_folder(tmp_path):
 def test_a_released_folder_whose_download_broke_off(file, tmp_path):
     write_released(tmp_path / "LENS")
     (tmp_path / "LENS" / file).write_bytes((tmp_path / "LENS" / file).read_bytes()[:500])
-    with pytest.raises(model.LensError, match=f"LENS.*Download it again"):
+    with pytest.raises(model.LensError, match="LENS.*Download it again"):
         load_released(tmp_path / "LENS")
 
 

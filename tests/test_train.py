@@ -79,8 +79,8 @@ def test_bf16_sampling_copy_is_refreshed_on_every_rank(tmp_path):
 # Interrupt and resume
 
 
-def kill_after(lines, folder, *command):
-    """Start a run and kill -9 it as soon as metrics.jsonl has so many lines."""
+def kill_after(lines, folder, *command, number=signal.SIGKILL):
+    """Start a run and send it a signal, kill -9 by default, as soon as metrics.jsonl has so many lines. -> lines then."""
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     until = time.time() + 200
@@ -88,8 +88,8 @@ def kill_after(lines, folder, *command):
         if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= lines:
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    process.wait(timeout=100)
     return len(rows(folder))
 
 
@@ -110,6 +110,25 @@ def test_killed_and_resumed_equals_uninterrupted(name, extra, world, aligned, tm
         assert (whole / file).read_bytes() == (broken / file).read_bytes()
     for needed in ("loss", "lr", "grad_norm", "seconds"):
         assert needed in rows(whole)[0]
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_the_run_goes_on(number, processes, world, aligned, tmp_path):
+    """A scheduler's warning in the middle: the step is finished and saved, --keep holds, and with --resume the numbers are
+    those of an uninterrupted run. torchrun passes SIGTERM on to its processes."""
+    flags = ["--data", world, "--init", aligned, "--steps", 12, "--batch", 4, "--micro-batch", 2, "--save-every", 1, "--keep", 3,
+             "--group-size", 4]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    script("train_rl.py", *flags, "--output", whole, processes=processes)
+    start = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    flags[flags.index("--save-every") + 1] = 100
+    kill_after(3, broken, *start, "train_rl.py", "--preset", "tiny", *flags, "--output", broken, number=number)
+    steps = len(rows(broken))
+    assert 3 <= steps < 12 and not (broken / "lens.json").exists()
+    assert [p.name for p in (broken / "checkpoints").glob("*")] == [f"step_{steps:06d}"]
+    script("train_rl.py", *flags, "--output", broken, "--resume", processes=processes)
+    assert without_time(whole) == without_time(broken)
+    assert sorted(p.name for p in (whole / "checkpoints").glob("*")) == ["step_000010", "step_000011", "step_000012"]
 
 
 @pytest.fixture(scope="module")
@@ -344,16 +363,17 @@ def test_with_1d_positions_the_reference_keeps_the_mllms_own(one_process):
 def test_what_a_stage_makes_of_its_settings(module, piece, training, world, aligned, refused, monkeypatch, tmp_path):
     """SAM falls back on its multi-mask tokens in eval mode alone: it is in it in stage 1, where it is frozen, and not in
     stage 2; the MLLM trains in both. Prompts and forced answers are the released ones."""
-    seen = []
+    seen, asked, forbid = [], [], model.forbidden_tokens
     def look(*given):
         seen.extend(given)
         raise data.LensError("enough")
     monkeypatch.setattr(module, piece, look)
+    monkeypatch.setattr(model, "forbidden_tokens", lambda *given: asked.append(given[2]) or forbid(*given))
     own = ("--init", aligned, "--group-size", 2) if module is train_rl else ("--context", "true")
     refused(module, "--preset", "tiny", "--data", world, "--output", tmp_path / "run", "--batch", 2, "--micro-batch", 2,
             "--multimask", "--prompt", "released", *own)
     lens, batch, answers, *_ = seen
-    assert (lens.sam.training, lens.mllm.training, lens.prompt) == (training, True, "released")
+    assert (lens.sam.training, lens.mllm.training, lens.prompt, asked) == (training, True, "released", ["released"])
     assert lens.sam.sam_mask_decoder.dynamic_multimask_via_stability
     processor = AutoProcessor.from_pretrained("tests/tiny/mllm")
     for ids, text in zip(batch["ids"], batch["texts"]):
