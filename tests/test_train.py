@@ -116,19 +116,19 @@ def test_killed_and_resumed_equals_uninterrupted(name, extra, world, aligned, tm
 def test_a_signal_saves_and_the_run_goes_on(number, processes, world, aligned, tmp_path):
     """A scheduler's warning in the middle: the step is finished and saved, --keep holds, and with --resume the numbers are
     those of an uninterrupted run. torchrun passes SIGTERM on to its processes."""
-    flags = ["--data", world, "--init", aligned, "--steps", 12, "--batch", 4, "--micro-batch", 2, "--save-every", 1, "--keep", 3,
+    flags = ["--data", world, "--init", aligned, "--steps", 7, "--batch", 4, "--micro-batch", 2, "--save-every", 1, "--keep", 3,
              "--group-size", 4]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     script("train_rl.py", *flags, "--output", whole, processes=processes)
     start = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     flags[flags.index("--save-every") + 1] = 100
-    kill_after(3, broken, *start, "train_rl.py", "--preset", "tiny", *flags, "--output", broken, number=number)
+    kill_after(2, broken, *start, "train_rl.py", "--preset", "tiny", *flags, "--output", broken, number=number)
     steps = len(rows(broken))
-    assert 3 <= steps < 12 and not (broken / "lens.json").exists()
+    assert 2 <= steps < 7 and not (broken / "lens.json").exists()
     assert [p.name for p in (broken / "checkpoints").glob("*")] == [f"step_{steps:06d}"]
     script("train_rl.py", *flags, "--output", broken, "--resume", processes=processes)
     assert without_time(whole) == without_time(broken)
-    assert sorted(p.name for p in (whole / "checkpoints").glob("*")) == ["step_000010", "step_000011", "step_000012"]
+    assert sorted(p.name for p in (whole / "checkpoints").glob("*")) == ["step_000005", "step_000006", "step_000007"]
 
 
 @pytest.fixture(scope="module")
