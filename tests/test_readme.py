@@ -24,9 +24,9 @@ def commands():
 
 def test_commands(tmp_path):
     """On a copy without any earlier run, two steps and eight rows each."""
-    for pattern in ("*.py", "docs/shapes.png", "tests/*.py"):
+    for pattern in ("*.py", "docs/shapes.png", "tests/*.py", "tests/extras/*.py"):
         for path in ROOT.glob(pattern):
-            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / path.relative_to(ROOT))
     shutil.copytree(ROOT / "tests/tiny", tmp_path / "tests/tiny")
     found = commands()

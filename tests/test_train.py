@@ -404,7 +404,9 @@ def test_what_is_ignored_counts_nowhere(one_process):
         args, positions = worker.settings(4), model.prompt_positions(lens.mllm, batch)
         parts = train_rl.make_parts(lens, batch, positions, completions, texts, finished, args)
         results = [train_rl.policy_pass(lens, reference, parts[0], args, 1)]
-        results += [align.align_step(lens, batch, [group[0] for group in completions], 1, args), *gradients(lens).values()]
+        frozen = worker.build("fp32", mesh, "align")[0]
+        results += [align.align_step(frozen, batch, [group[0] for group in completions], 1, args)]
+        results += [*gradients(lens).values(), *gradients(frozen).values()]
         found.append(results)
     same = [torch.equal(a, b) for a, b in zip(found[0], found[1])]
     assert all(same) and len(same) > 100

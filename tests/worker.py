@@ -33,13 +33,13 @@ def whole_batch():
     return batch, random_completions(4, 3), texts, [[True, True, False]] * 4
 
 
-def build(precision, mesh):
+def build(precision, mesh, stage="rl"):
     torch.manual_seed(0)
     shape = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all", prompt="paper",
                             positions="mrope", multimask=False)
     forbidden = torch.arange(VOCABULARY) >= 250
     lens = Lens(random_mllm(), random_sam(), shape, forbidden, END)
-    frozen = set_trainable(lens, "rl")
+    frozen = set_trainable(lens, stage)
     sampler = copy_mllm(lens.mllm, precision)
     reference = Reference(copy_mllm(random_mllm(seed=1), precision), forbidden)    # another policy, so that the KL is not 0
     shard(lens, mesh, precision, replicated=frozen)
