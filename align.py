@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Collator, LensError, TrainingStream, answer_text, extra, read_records, rescale_box, select, to_device,
-                  training_batches)
+                  training_batches, write_whole)
 from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint,
                    parse_settings, prompt_positions, read_answers, run, save_checkpoint, set_trainable, shard,
                    start_processes)
@@ -138,9 +138,7 @@ class Metrics:
         if rank:
             return
         lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(line + "\n" for line in lines))
         self.bar = tqdm(total=total, initial=start, desc=folder.name, dynamic_ncols=True)
         if log_to:
             self.send = extra("trackers").sender(log_to, folder)
@@ -259,7 +257,7 @@ def main():
     folder = open_output(args, (shared, args), rank)
     lens, processor = build_lens(shared, args.init, dtype)        # frozen weights need no fp32 masters
     frozen = set_trainable(lens, "align")
-    lens.to(device).train().sam.eval()                            # SAM is frozen here; only --multimask sees the difference
+    lens.train().sam.eval()                                       # SAM is frozen here; only --multimask sees the difference
     shard(lens, mesh, shared.precision, frozen, args.reshard, args.offload)
     optimizer = torch.optim.AdamW([{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
                                   lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)

@@ -61,6 +61,14 @@ def extra(name):
     return importlib.import_module(name)
 
 
+def write_whole(path, text):
+    """Write beside and rename, so that a file that exists is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".tmp").write_text(text)
+    path.with_name(path.name + ".tmp").replace(path)
+
+
 # --- The prompt (Fig. 4) and the answer it asks for -----------------------------------------------
 
 SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and provide its bounding box.

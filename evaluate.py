@@ -34,8 +34,8 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import (Collator, EvaluationRows, LensError, find_datasets, extra, load_item, load_picture, read_records,
-                  rescale_box, to_device)
+from data import (Collator, EvaluationRows, LensError, extra, find_datasets, load_item, load_picture, read_records,
+                  rescale_box, to_device, write_whole)
 from model import (TINY, SamHead, SharedArgs, build_lens, context_positions, draw_uniforms, flag, full_size_masks, generate,
                    is_released, load_sam, pack_groups, parse_settings, prompt_positions, run, start_processes)
 from rewards import box_iou, find_box, format_reward, mask_counts
@@ -207,14 +207,6 @@ def quartiles(records):
 
 def mean_iou(counts):
     return float(np.mean([I / (U + 1e-5) if U else 1.0 for I, U in counts]))
-
-
-def write_whole(path, text):
-    """Write beside and rename, so that a file that exists is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".tmp").write_text(text)
-    path.with_name(path.name + ".tmp").replace(path)
 
 
 # --- Pictures -------------------------------------------------------------------------------------

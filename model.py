@@ -54,7 +54,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data import LensError, extra
+from data import LensError, extra, write_whole
 
 # --- Settings that every script shares; each script adds its own dataclass ------------------------
 
@@ -652,8 +652,7 @@ def export(folder, lens, args, mllm=None):
         for path in sorted(building.iterdir()):
             shutil.rmtree(folder / path.name, ignore_errors=True)
             path.replace(folder / path.name)
-        (building / "lens.json").write_text(json.dumps(asdict(args), indent=2))
-        (building / "lens.json").replace(folder / "lens.json")
+        write_whole(folder / "lens.json", json.dumps(asdict(args), indent=2))
         building.rmdir()
     dist.barrier()
 
@@ -696,7 +695,8 @@ def set_trainable(lens, stage):
 def shard(module, mesh, precision, replicated=(), reshard=True, offload=False):
     """FSDP2: each transformer block a unit, SAM's head a unit in fp32, the rest in the root. fp32 masters, compute in
     `precision`, gradients reduced in fp32. `replicated` parameters (the frozen ones) stay whole on every rank; `reshard`
-    frees a unit's gathered weights between its forward and its backward; `offload` keeps shards in CPU memory."""
+    frees a unit's gathered weights between its forward and its backward; `offload` keeps shards in CPU memory. The module
+    comes on the CPU and is moved unit by unit, so that no GPU ever holds the whole of it."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "ignored_params": set(replicated), "reshard_after_forward": reshard,
@@ -709,16 +709,17 @@ def shard(module, mesh, precision, replicated=(), reshard=True, offload=False):
             fully_shard(unit, mp_policy=policy, **options)
     if isinstance(module, Lens) and trained(module.sam):
         fully_shard(module.sam, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32), **options)
+    for parameter in replicated:                                  # FSDP moves all else, buffers too
+        parameter.data = parameter.data.to(mesh.device_type)
     return fully_shard(module, mp_policy=policy, **options)
 
 
-def copy_mllm(mllm, precision):
-    """An unsharded copy in the compute precision: what samples, and the reference. Only parameters are cast (see
-    load_mllm)."""
-    twin = copy.deepcopy(mllm).requires_grad_(False).eval()
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    return twin
+def copy_mllm(mllm, precision, device="cpu"):
+    """An unsharded copy in the compute precision: what samples, and the reference. Cast parameter by parameter, so that no
+    second fp32 model exists meanwhile; buffers keep their precision (see load_mllm)."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    made = {id(p): nn.Parameter(p.detach().to(device, dtype, copy=True), requires_grad=False) for p in mllm.parameters()}
+    return copy.deepcopy(mllm, made).to(device).eval()                        # deepcopy takes `made` as already copied
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=2 train_rl.py --preset tiny             # a laptop; one process gives the same numbers
     torchrun --nproc_per_node=16 train_rl.py                          # the paper's settings (Table A2)
     torchrun --nproc_per_node=16 train_rl.py --resume                 # go on, also on another number of processes
+    python train_rl.py --plan --gpus 16 --gpu-memory 48               # will it fit? Runs nothing
 
 One step: draw a batch of pictures, each with one expression. Sample G answers to each from the policy (Eq. 1). One packed
 pass per group gives the log-probabilities of the answers, and behind each answer a mask (Eqs. 2-4). Score text, box and
@@ -29,7 +30,8 @@ import torch.distributed as dist
 
 from align import (Metrics, TrainArgs, apply_update, end_of_step, learning_rate, open_output, plan_steps,
                    segmentation_loss, watch_signals)
-from data import Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device, training_batches
+from data import (Collator, LensError, TrainingStream, extra, read_records, rescale_box, select, to_device,
+                  training_batches)
 from grpo import group_advantages, grpo_loss
 from model import (TINY, Reference, SharedArgs, build_lens, context_positions, copy_mllm, draw_uniforms, export, flag,
                    full_size_masks, generate, load_checkpoint, pack_groups, parse_settings, prompt_positions,
@@ -58,14 +60,16 @@ class RLArgs(TrainArgs):
     deviation: Literal["population", "sample"] = flag("population", "sigma of Eq. 6; sample: the released code's")
     alpha: float = flag(1.0, "weight of the segmentation loss (Eq. 12)")
     gradient_checkpointing: bool = flag(True, "recompute the MLLM's layers in the backward pass")
+    plan: bool = flag(False, "print memory per GPU and arithmetic per step, and run nothing (tests/extras/plan.py)")
+    gpus: int = flag(16, "GPUs to --plan for")
+    gpu_memory: float = flag(48.0, "GB of memory of each")
 
     def __post_init__(self):
         super().__post_init__()
         if self.group_size < 2:
             raise LensError(f"--group-size must be at least 2: a group of {self.group_size} has nothing to compare")
         if self.updates_per_batch < 1 or not self.temperature > 0 or not self.iou_power > 0 or not 0 < self.clip_eps < 1:
-            raise LensError("--updates-per-batch must be at least 1, --temperature and --iou-power positive, --clip-eps in "
-                            "(0, 1)")
+            raise LensError("--updates-per-batch is at least 1, --temperature and --iou-power above 0, --clip-eps in (0, 1)")
         if min(self.beta, self.alpha, self.lr_context, self.lr_sam, self.lambda_format, self.lambda_box,
                self.lambda_mask) < 0:
             raise LensError("--beta, --alpha, --lr-context, --lr-sam and the lambdas must not be negative")
@@ -178,14 +182,15 @@ def parameter_groups(lens, args):
 
 def main():
     shared, args = parse_settings([SharedArgs, RLArgs], PRESETS, __doc__.splitlines()[0])
+    if args.plan:
+        return extra("plan").print_plan(shared, args)
     rank, world, device, mesh = start_processes(args.shard)
     records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
     folder = open_output(args, (shared, args), rank)
     lens, processor = build_lens(shared, None if args.init == "none" else args.init)
     frozen = set_trainable(lens, "rl")
-    lens.to(device).train()
-    sampler = copy_mllm(lens.mllm, shared.precision)
+    sampler = copy_mllm(lens.train().mllm, shared.precision, device)
     reference = Reference(copy_mllm(lens.mllm, shared.precision), lens.forbidden) if args.beta else None
     if args.gradient_checkpointing:
         lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})

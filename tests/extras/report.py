@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data import LensError
-from evaluate import draw_overlay, mean_iou, write_whole
+from data import LensError, write_whole
+from evaluate import draw_overlay, mean_iou
 
 # --- Tables ---------------------------------------------------------------------------------------
 
