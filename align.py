@@ -276,10 +276,8 @@ def main():
             answers = own(lens, batch, prompt_positions(lens.mllm, batch), shared.max_completion)
         else:
             answers = true_answers(batch, processor.tokenizer, shared.prompt)
-        sums = 0
-        for i in range(0, len(answers), args.micro_batch):
-            part = range(i, i + args.micro_batch)
-            sums = sums + align_step(lens, select(batch, part), [answers[j] for j in part], world, args)
+        passes = [range(i, i + args.micro_batch) for i in range(0, len(answers), args.micro_batch)]
+        sums = sum(align_step(lens, select(batch, part), [answers[j] for j in part], world, args) for part in passes)
         dist.all_reduce(sums)
         loss, iou = (sums / args.batch).tolist()
         factor = learning_rate(step, total, args.warmup, "cosine")

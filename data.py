@@ -30,6 +30,7 @@ Boxes are (x1, y1, x2, y2). Three pixel frames occur and are named wherever a bo
     SAM frame       pixels of the square picture that SAM 2 sees (1024 x 1024 for the real one).
 """
 import argparse
+import gc
 import importlib
 import io
 import json
@@ -137,8 +138,7 @@ def mllm_frame(model_type, grid_thw, patch_size):
     return 1000, 1000
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Reading annotations: records are cheap, pictures and masks are decoded when asked for
+# --- Reading annotations: records are cheap, pictures and masks are decoded when asked for ---------
 #
 # A record is {"id", "split", "image" (path), "texts" (its expressions), "size" ((height, width), or None where only the
 # picture knows), "box" (picture frame, or None: the mask's extent), "segmentation" (see load_masks)}, and for
@@ -190,14 +190,18 @@ def read_refcoco(root, dataset, splits):
     folder, pictures = Path(root) / "refer_seg" / name, Path(root) / "refer_seg/images/mscoco/images/train2014"
     refs_file, instances_file = folder / refs_name, folder / "instances.json"
     require(dataset, f"REFER's {name}.zip, COCO's train2014 pictures", refs_file, instances_file, pictures)
+    gc.disable()                              # else the collector walks through millions of objects again and again
     try:
         instances = json.loads(instances_file.read_bytes())
         images = {image["id"]: image for image in instances["images"]}
         annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+        refs = read_refs(refs_file)
     except (ValueError, KeyError, TypeError) as error:
         raise LensError(f"{instances_file}: not a readable COCO annotation file ({error!r}). Download it again.") from None
+    finally:
+        gc.freeze(), gc.enable()
     present = set(os.listdir(pictures))
-    for n, ref in enumerate(read_refs(refs_file)):
+    for n, ref in enumerate(refs):
         try:
             if ref["split"] not in splits:
                 continue
@@ -206,7 +210,7 @@ def read_refcoco(root, dataset, splits):
             name = f"ref_id {ref.get('ref_id')}, ann_id {ref.get('ann_id')}" if isinstance(ref, dict) else f"record {n}"
             yield LensError(f"{refs_file}, {name}: damaged, or missing in {instances_file} ({error!r}). Download both.")
             continue
-        yield record if Path(record["image"]).name in present else LensError(
+        yield record if os.path.basename(record["image"]) in present else LensError(
             f"{refs_file}, ref_id {ref['ref_id']}: its picture {record['image']} is missing. Download COCO's train2014.")
 
 
@@ -215,7 +219,7 @@ def make_record(ref, image, annotation, dataset, pictures):
     height, width, (x, y, w, h) = image["height"], image["width"], annotation["bbox"]
     if not (w > 0 and h > 0 and -w < x < width and -h < y < height and ref["sentences"]):
         raise ValueError(f"no expression, or the box {x, y, w, h} lies outside the picture")
-    return {"id": f"{dataset}/{ref['ref_id']}", "image": str(pictures / f"COCO_train2014_{ref['image_id']:012d}.jpg"),
+    return {"id": f"{dataset}/{ref['ref_id']}", "image": f"{pictures}/COCO_train2014_{ref['image_id']:012d}.jpg",
             "size": (height, width), "texts": [sentence["sent"] for sentence in ref["sentences"]],
             "box": (x, y, x + w, y + h), "segmentation": annotation["segmentation"], "split": ref["split"]}
 
@@ -293,8 +297,7 @@ def read_dataset(root, dataset, splits):
         extra("shapes_world").write_shapes_world(root)
     if dataset == "reasonseg":
         return read_reasonseg(root, dataset, splits)
-    is_refer = dataset in DATASETS and dataset != "groundingsuite"
-    return (read_refcoco if is_refer else read_lines)(root, dataset, splits)
+    return (read_refcoco if dataset in DATASETS and dataset != "groundingsuite" else read_lines)(root, dataset, splits)
 
 
 def read_records(root, datasets, splits):

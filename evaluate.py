@@ -12,8 +12,8 @@ every dataset found below --data: the columns of Tables 1 and 2 and GroundingSui
 Metrics (LISA's, the field's standard): every expression is one row; gIoU is the mean of I / (U + 1e-5), 1 where both masks
 are empty; cIoU is the sum of all I over the sum of all U; box IoU and accuracy at box IoU 0.5; the share of answers in
 Fig. 4's format. No row is skipped: an answer without a box still has a mask. Pixels labelled "ignore" (ReasonSeg) are left
-out of I and U; `--ignore background` counts them as the released code does, `--ignore foreground` as Seg-Zero does.
-Intervals are 95 % bootstrap intervals over objects.
+out of I and U; `--ignore background` counts as the released code does, `--ignore foreground` as Seg-Zero does. Intervals
+are 95 % bootstrap intervals over objects.
 
 Every answer is also segmented the Seg-Zero way: the predicted box prompts an untouched SAM 2 (of a published checkpoint:
 the one it holds), without any context module. A table sets both side by side for the quartiles of box IoU; `--prompt-with

@@ -97,7 +97,4 @@ def _ratio_stats(log_probs, old_log_probs, advantages, mask, clip_eps):
     too_high = (ratio > 1 + clip_eps) & (advantages > 0)
     too_low = (ratio < 1 - clip_eps) & (advantages < 0)
     clipped = (too_high | too_low) & mask
-    return {
-        "clip_fraction": clipped.sum() / mask.sum().clamp(min=1),
-        "ratio_max": ratio.masked_fill(~mask, 0).max(),
-    }
+    return {"clip_fraction": clipped.sum() / mask.sum().clamp(min=1), "ratio_max": ratio.masked_fill(~mask, 0).max()}

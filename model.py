@@ -46,7 +46,7 @@ from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText,
@@ -108,7 +108,7 @@ def parse_settings(classes, presets, description):
     """Command line -> one instance per dataclass. Defaults come from the class, then from `--preset` and `--profile`, then
     from the run that `--checkpoint` names (all but --limit) or `--init` (its architecture); flags override all. An unknown
     flag or a value out of range ends with one line."""
-    presets = {"2b": LENS_2B, "3b": LENS_3B, **presets}
+    presets = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}, "3b": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"}, **presets}
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets), help="defaults for a whole set-up; flags override them")
     parser.add_argument("--profile", choices=list(PROFILES), default="paper", help="whose choices are the defaults where "
@@ -139,8 +139,6 @@ def run(main):
         dist.destroy_process_group()
 
 
-LENS_2B = dict(mllm="Qwen/Qwen2-VL-2B-Instruct")
-LENS_3B = dict(mllm="Qwen/Qwen2.5-VL-3B-Instruct")
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", num_queries=8, connector_heads=4, data="runs/shapes",
             datasets=["shapes"], max_completion=64, precision="fp32", workers=0)
 
@@ -364,13 +362,11 @@ def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=
     """Log-probabilities of `targets` (n,) under states (n, C), and the policy's entropy there (no gradient).
 
     A chunk's logits are made again in the backward pass, so that no (n, V) table outlives its chunk."""
-
     def one_chunk(h, t):
         log_p = policy_logits(lm_head, h, forbidden, temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(1, t[:, None])[:, 0], entropy
-
     parts = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     return tuple(torch.cat(column) for column in zip(*parts))
 
@@ -528,9 +524,9 @@ def load_sam(path, with_weights=True):
         try:
             path = hf_hub_download(path, HF_MODEL_ID_TO_FILENAMES[path][1])
         except (OSError, ValueError) as error:
-            raise LensError(f"--sam {path}: could not be fetched. Download it where there is a network (hf download {path} "
-                            f"{HF_MODEL_ID_TO_FILENAMES[path][1]} --local-dir weights) and give --sam "
-                            f"weights/{HF_MODEL_ID_TO_FILENAMES[path][1]} ({str(error).splitlines()[0]})") from None
+            file = HF_MODEL_ID_TO_FILENAMES[path][1]
+            raise LensError(f"--sam {path}: could not be fetched. Where there is a network: hf download {path} {file} "
+                            f"--local-dir weights; then --sam weights/{file} ({str(error).splitlines()[0]})") from None
     path = Path(HF_MODEL_ID_TO_FILENAMES.get(str(path), (0, path))[1])
     if path.is_dir():
         config, weights, remedy = path / "config.yaml", path / "model.pt", "A folder has config.yaml and model.pt"
@@ -666,10 +662,8 @@ def start_processes(kind="full"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone)
     world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     mesh = init_device_mesh(device.type, (world,) if kind == "full" else (world // of_node, of_node))
     return dist.get_rank(), world, device, mesh
@@ -723,11 +717,16 @@ def copy_mllm(mllm, precision, device="cpu"):
 
 
 @torch.no_grad()
-def refresh(twin, mllm):
-    """twin <- the sharded policy's weights, cast before they are gathered. A collective: every rank calls it, after
-    every update, or some ranks would sample from a stale model."""
-    for target, parameter in zip(twin.parameters(), mllm.parameters()):
-        target.copy_(parameter.to(target.device, target.dtype).full_tensor())
+def refresh(twin, lens):
+    """twin <- the policy's sharded weights, one of FSDP's units after another: a unit is one bucket, cast before it is
+    gathered. A collective: every rank calls it, after every update, or some ranks would sample from a stale model."""
+    for unit in lens.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+            for target, parameter in zip(twin.parameters(), lens.mllm.parameters()):
+                if not isinstance(parameter, DTensor):                   # one of those that the unit holds
+                    target.copy_(parameter)
+            unit.reshard()
 
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)      # not strict: the frozen ones are not in the state

@@ -56,7 +56,6 @@ def _read_json(text):
 
     def refuse(name):
         raise ValueError(f"{name} is Python's JSON, not JSON")
-
     return json.loads(
         text,
         parse_int=float,  # an integer of 5,000 digits is then inf, where int() would raise

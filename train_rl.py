@@ -200,7 +200,7 @@ def main():
     optimizer = torch.optim.AdamW(parameter_groups(lens, args), lr=args.lr, betas=(0.9, args.adam_beta2),
                                   weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    refresh(sampler, lens.mllm)
+    refresh(sampler, lens)
     if args.export:
         return export(folder, lens, shared, (sampler, processor))
     collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
@@ -221,10 +221,11 @@ def main():
         parts = make_parts(lens, batch, positions, completions, texts, finished, args)
         factor = learning_rate(step, total, args.warmup, "linear")
         means, norm = train_on(lens, reference, optimizer, parts, factor, args, world, step)
-        refresh(sampler, lens.mllm)
+        updated = time.time()
+        refresh(sampler, lens)
         now = time.time()
         row = {"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor, "seconds": round(now - began, 3),
-               "seconds_sampling": round(sampled - began, 3)}
+               "seconds_sampling": round(sampled - began, 3), "seconds_refresh": round(now - updated, 3)}
         metrics.write(row, ("reward", "reward_format", "reward_box", "reward_mask"))
         began = now
         if step % args.log_every == 0:

@@ -330,7 +330,7 @@ def test_the_head_is_trained_and_sharded_tied_or_not(family, tied):
             optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=1e-3)
             weighted_sum(*packed_group(one, batch, completions)).backward()
             optimizer.step()
-        model.refresh(twin, lens.mllm)
+        model.refresh(twin, lens)
         head, table = lens.mllm.lm_head.weight, lens.mllm.get_input_embeddings().weight
         assert (head is table) == tied == (twin.lm_head.weight is twin.get_input_embeddings().weight)
         assert isinstance(head, DTensor) and head.requires_grad and torch.equal(twin.lm_head.weight, head.full_tensor())

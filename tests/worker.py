@@ -78,7 +78,7 @@ def main(what, out):
     else:
         torch.optim.AdamW([p for p in lens.parameters() if p.requires_grad], lr=1e-2).step()
         spare = copy_mllm(random_mllm(seed=2), precision)                # the stale rank takes part in the collectives only
-        refresh(spare if what == "stale" and rank == 1 else sampler, lens.mllm)
+        refresh(spare if what == "stale" and rank == 1 else sampler, lens)
         equal = all([torch.equal(a, p.full_tensor().to(torch.bfloat16))
                      for a, p in zip(sampler.parameters(), lens.mllm.parameters())])
         assert all(p.dtype == torch.bfloat16 for p in sampler.parameters())

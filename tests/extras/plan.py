@@ -122,7 +122,8 @@ def memory(z, args):
     always = {"weights": 4 * z.t * sharded, "Adam": 8 * z.t * sharded, "frozen parts": 4 * z.f, "sampling copy": b * z.m,
               "reference": b * z.m * sharded * (args.beta > 0), "pictures": z.n * pictures}
     gradients = {"gradients": 4 * z.t * sharded}
-    moments = {"logits": 128 * z.V * (12 + b) + b * z.V * z.C + 4 * z.A * (24 * z.N + 20 * z.B) + 84 * b * z.N * z.M * z.C,
+    chunk = min(128, z.N * z.T)                                          # tokens; see token_log_probs
+    moments = {"logits": chunk * z.V * (12 + b) + b * z.V * z.C + 4 * z.A * (24 * z.N + 20 * z.B) + 84 * b * z.N * z.M * z.C,
                "layer": layer(z) * args.gradient_checkpointing + 2 * b * z.B * z.L * z.I + (3 * b + 4) * z.u,
                "root": (b + 4) * z.r + 4 * z.r / z.s}
     busiest = max(moments, key=moments.get)
