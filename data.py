@@ -212,6 +212,7 @@ def read_refcoco(root, dataset, splits):
             continue
         yield record if os.path.basename(record["image"]) in present else LensError(
             f"{refs_file}, ref_id {ref['ref_id']}: its picture {record['image']} is missing. Download COCO's train2014.")
+    gc.unfreeze()
 
 
 def make_record(ref, image, annotation, dataset, pictures):

@@ -59,7 +59,8 @@ def test_links_and_names():
 
 
 def test_numbers_come_from_docs():
-    """The results table is docs/proof.md, that of quartiles in docs/tiny.md, and the times are the sums of `seconds` in the runs' own metrics."""
+    """The results table is docs/proof.md, that of quartiles in docs/tiny.md, and the times are the sums of `seconds` in the
+    runs' own metrics."""
     assert (ROOT / "docs/proof.md").read_text().strip() in README
     assert (ROOT / "docs/tiny.md").read_text().strip().split("\n\n")[-1] in README
     for stage in ("align", "rl"):

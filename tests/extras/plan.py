@@ -11,11 +11,13 @@ processes share a shard. Bytes per GPU (what is divided by s is in CPU memory wi
     always     4t/s weights, 8t/s Adam, 4f frozen parts, bm sampling copy, bm/s reference; per prompt its pictures twice,
                SAM's features 2 * 21A, its mask G S (P + S)
     sampling   cache 2 b Ck (P + T - 1) layers n G and one layer of it again as it grows; 22 V n G to pick a token
-    training   4t/s gradients; br gathered (--reshard false: bt and bm, all of policy and reference); bVC the embedding's
-               gradient; what the MLLM keeps (`kept`, `layer`, `block`); and the most of three moments:
-                 logits   of a chunk 128 V (12 + b), bVC more gradient, SAM's 4A (24N + 20B), the connector's 84 b N M C
-                 layer    made again, gradients 2 b B L I, FSDP's block (3b + 4)u: gathered, the next, gradients, fp32 ones
-                 root     its gradient leaves: (b + 4)r + 4r/s
+    training   4t/s gradients; br gathered (--reshard false: bt and bm, all of policy and reference); what the MLLM keeps
+               (`kept`, `layer`, `block`); and the most of three moments:
+                 logits   of a chunk 128 V (12 + b), the head's gradient twice 2bVC, SAM's 4A (24N + 20B), the connector's
+                          84 b N M C
+                 layer    made again, gradients 2 b B L I, FSDP's block (3b + 4)u: gathered, the next, gradients, fp32
+                          ones; the head's gradient bVC
+                 root     its gradient leaves: (b + 4)r and, of several processes, 4r/s
     update     4t/s gradients, 4m/s AdamW's temporary
 
 The model is loaded in CPU memory and moved part by part, which takes less than training does: `host`.
@@ -123,15 +125,15 @@ def memory(z, args):
               "reference": b * z.m * sharded * (args.beta > 0), "pictures": z.n * pictures}
     gradients = {"gradients": 4 * z.t * sharded}
     chunk = min(128, z.N * z.T)                                          # tokens; see token_log_probs
-    moments = {"logits": chunk * z.V * (12 + b) + b * z.V * z.C + 4 * z.A * (24 * z.N + 20 * z.B) + 84 * b * z.N * z.M * z.C,
-               "layer": layer(z) * args.gradient_checkpointing + 2 * b * z.B * z.L * z.I + (3 * b + 4) * z.u,
-               "root": (b + 4) * z.r + 4 * z.r / z.s}
+    moments = {"logits": chunk * z.V * (12 + b) + 2 * b * z.V * z.C + 4 * z.A * (24 * z.N + 20 * z.B) + 84 * b * z.N * z.M * z.C,
+               "layer": layer(z) * args.gradient_checkpointing + 2 * b * z.B * z.L * z.I + (3 * b + 4) * z.u + b * z.V * z.C,
+               "root": (b + 4) * z.r + 4 * z.r / z.s * (z.s > 1)}
     busiest = max(moments, key=moments.get)
     cache = 2 * b * z.Ck * (z.P + z.T - 1) * z.layers * z.n * z.G
     gathered = b * (z.r if args.reshard else z.t + z.m * (args.beta > 0))
     return {"sampling": {**always, "cache": cache + cache / z.layers, "picking": 22 * z.V * z.n * z.G},
-            "training": {**always, **gradients, "gathered": gathered, "embedding": b * z.V * z.C,
-                         "kept": kept(z, args.gradient_checkpointing), f"moment: {busiest}": moments[busiest]},
+            "training": {**always, **gradients, "gathered": gathered, "kept": kept(z, args.gradient_checkpointing),
+                         f"moment: {busiest}": moments[busiest]},
             "update": {**always, **gradients, "temporary": 4 * z.m * sharded}}
 
 
