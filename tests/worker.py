@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=2 tests/worker.py checkpointed OUT   # the same with gradient checkpointing
     torchrun --nproc_per_node=2 tests/worker.py refresh OUT        # bf16: is each rank's sampling copy the cast weights?
     torchrun --nproc_per_node=2 tests/worker.py stale OUT          # the same, but rank 1 does not refresh its copy
+    torchrun --nproc_per_node=2 tests/worker.py steps OUT fp32 full        # ten updates; also bf16, and hybrid sharding
 """
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import train_rl
+from align import apply_update
 from data import select
 from model import (Lens, Reference, copy_mllm, prompt_positions, refresh, set_trainable, shard, start_processes)
 
@@ -64,10 +66,33 @@ def one_pass(lens, reference, rank, world, args):
     return sums
 
 
-def main(what, out):
-    rank, world, _, mesh = start_processes()
-    precision = "fp32" if what in ("gradients", "checkpointed") else "bf16"
+def steps(lens, reference, rank, world):
+    """Ten updates on the four groups. -> their sums and gradient norms (10, ...), this process's bytes"""
+    args, rows = settings(updates_per_batch=1), []
+    optimizer = torch.optim.AdamW(train_rl.parameter_groups(lens, args), lr=1e-3)
+    for step in range(10):
+        sums = one_pass(lens, reference, rank, world, args)
+        norm = apply_update(lens, optimizer, 10.0, args, sums[0].item(), step)          # ten times the paper's rate
+        rows.append(torch.cat([sums, torch.tensor([norm])]))
+    local = lambda tensors: sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
+    state = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    return torch.stack(rows), {"parameters": local(p for p in lens.parameters() if p.requires_grad), "optimizer": local(state),
+                               "reference": local(reference.parameters())}
+
+
+def main(what, out, precision="", kind="full"):
+    rank, world, _, mesh = start_processes(kind)
+    precision = precision or ("fp32" if what in ("gradients", "checkpointed") else "bf16")
     lens, sampler, reference = build(precision, mesh)
+    if what == "steps":
+        rows, size = steps(lens, reference, rank, world)
+        weights = {n: p.full_tensor() for n, p in lens.named_parameters() if p.requires_grad}
+        sizes = [None] * world
+        dist.all_gather_object(sizes, size)
+        if rank == 0:
+            torch.save({"rows": rows, "weights": weights, "bytes": sizes}, out)
+        dist.barrier()
+        return dist.destroy_process_group()
     if what == "checkpointed":
         lens.train().mllm.gradient_checkpointing_enable({"use_reentrant": False})
     sums = one_pass(lens, reference, rank, world, settings())
