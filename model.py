@@ -665,7 +665,8 @@ def start_processes(kind="full"):
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
     world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    mesh = init_device_mesh(device.type, (world,) if kind == "full" else (world // of_node, of_node))
+    shape = (world,) if kind == "full" else (world // of_node, of_node)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape):])
     return dist.get_rank(), world, device, mesh
 
 

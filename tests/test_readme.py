@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
+import train_rl
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -66,6 +68,19 @@ def test_numbers_come_from_docs():
     for stage in ("align", "rl"):
         rows = [json.loads(line) for line in (ROOT / f"docs/{stage}_metrics.jsonl").read_text().splitlines()]
         assert f"{sum(row['seconds'] for row in rows):.0f} s (docs/{stage}_metrics.jsonl)" in README
+
+
+def test_plan_numbers(monkeypatch, capsys):
+    """The table's last column is what --plan computes where attention is not fused, the larger of its two sums."""
+    table = re.findall(r"^\| .* \| `(--gpus .*)` \| ([\d.]+) \|$", README, re.M)
+    assert len(table) == 3
+    for flags, gigabytes in table:
+        monkeypatch.setattr(sys, "argv", ["train_rl.py", "--plan", *flags.split()])
+        train_rl.main()
+        text = capsys.readouterr().out
+        assert re.findall(r": ([\d.]+) GB, fits", text)[-1] == gigabytes
+    shards = float(re.search(r"starts, ([\d.]+) GB of shards", text)[1])
+    assert f"lie in CPU memory ({shards:.0f} GB)" in README
 
 
 def test_proof_table_is_made_from_its_numbers():

@@ -30,16 +30,17 @@ def without_time(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(folder)]
 
 
-def worker(what, processes, folder):
+def worker(what, processes, folder, *more):
     out = folder / f"{what}{processes}.pt"
-    run(*TORCHRUN, f"--nproc_per_node={processes}", "tests/worker.py", what, out)
+    run(*TORCHRUN, f"--nproc_per_node={processes}", "tests/worker.py", what, out, *more)
     return torch.load(out, weights_only=True)
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("shards", ["full", "hybrid"])
+def test_two_processes_equal_one(shards, tmp_path):
     """Loss parts and every gradient of the same four groups with the same completions, in fp32, within 1e-5; the two
-    processes also recompute the MLLM's layers in the backward pass, the one does not."""
-    one, two = worker("gradients", 1, tmp_path), worker("checkpointed", 2, tmp_path)
+    processes also recompute the MLLM's layers in the backward pass, the one does not. Hybrid: two nodes of one process."""
+    one, two = worker("gradients", 1, tmp_path), worker("checkpointed", 2, tmp_path, "fp32", shards)
     assert torch.allclose(one["sums"], two["sums"], atol=1e-5, rtol=1e-5)
     assert set(one["grads"]) == set(two["grads"]) and len(one["grads"]) > 100
     for name, expected in one["grads"].items():

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=2 tests/worker.py stale OUT          # the same, but rank 1 does not refresh its copy
     torchrun --nproc_per_node=2 tests/worker.py steps OUT fp32 full        # ten updates; also bf16, and hybrid sharding
 """
+import os
 import sys
 from types import SimpleNamespace
 
@@ -81,6 +82,8 @@ def steps(lens, reference, rank, world):
 
 
 def main(what, out, precision="", kind="full"):
+    if what == "checkpointed":
+        os.environ["LOCAL_WORLD_SIZE"] = "1"                             # with hybrid, as if every process were a node
     rank, world, _, mesh = start_processes(kind)
     precision = precision or ("fp32" if what in ("gradients", "checkpointed") else "bf16")
     lens, sampler, reference = build(precision, mesh)
@@ -94,6 +97,7 @@ def main(what, out, precision="", kind="full"):
         dist.barrier()
         return dist.destroy_process_group()
     if what == "checkpointed":
+        assert mesh.shape == ((2,) if kind == "full" else (2, 1))
         lens.train().mllm.gradient_checkpointing_enable({"use_reentrant": False})
     sums = one_pass(lens, reference, rank, world, settings())
     if precision == "fp32":
