@@ -475,7 +475,7 @@ def prefill(mllm, batch, positions, G):
 
 @torch.no_grad()
 def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, temperature=1.0):
-    """G completions of each of B prompts: all decoded as one batch, each prompt prefilled once.
+    """Eq. 1: G completions of each of B prompts, all decoded as one batch, each prompt prefilled once.
 
     uniforms: (N, max_new) double, one row per sample drawn before sampling, so that a sample depends on neither rank,
     batch nor world size; None decodes greedily. Returns (completions, finished): B lists of G (T_i,) long CPU tensors,

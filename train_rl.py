@@ -108,7 +108,7 @@ def mask_rewards(mask_logits, batch, power):
 # --- One pass over a few groups: forward, rewards, loss, backward ---------------------------------
 
 def policy_pass(lens, reference, part, args, world):
-    """Forward and backward of the groups in `part`; gradients add up over passes and are averaged over the whole batch.
+    """Eq. 12: forward and backward of the groups in `part`; gradients add up over passes, averaged over the whole batch.
 
     part: {"batch", "packed", "text_positions", "r_format", "r_box"} of some groups. The first pass over them adds what
     later updates on the same samples need: SAM's features, old and reference log-probs, rewards and advantages.

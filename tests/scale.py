@@ -2,12 +2,12 @@
 
     python tests/scale.py                # writes docs/scale.json and docs/scale.md
 
-Ten updates on stored completions and random weights (tests/worker.py), in fp32 and in bf16, against one process: the largest
-difference of any loss part, of the gradient norm, and of any trained weight after the tenth update, over the largest weight
-of its tensor. The rate is ten times the paper's, 3e-5. (AdamW divides a gradient by its own size, be it rounding alone: at
-9e-4 the losses were 8e-4 apart after ten updates.) A node is a torchrun agent of its own; two of them meet over loopback at
-a static address. `full` shards over all processes, `hybrid` within a node, with copies between nodes. Memory is what a
-process holds of what is trained.
+Ten updates on stored completions and random weights (tests/worker.py), in fp32 and in bf16, against one process (and that in
+bf16 against that in fp32: the yardstick of what rounding gives): the largest difference of any loss part, of the gradient
+norm, and of any trained weight after the tenth update, over the largest weight of its tensor. The rate is ten times the
+paper's, 3e-5. (AdamW divides a gradient by its own size, be it rounding alone: at 9e-4 the losses were 8e-4 apart after ten
+updates.) A node is a torchrun agent of its own; two of them meet over loopback at a static address. `full` shards over all
+processes, `hybrid` within a node, with copies between nodes. Memory is what a process holds of what is trained.
 
 Then train_rl.py itself, five steps of the tiny preset on two nodes of one process each, beside one process. It samples, and
 a token may tip over when sums are taken in another order, so losses are equal only while the completions are.
@@ -54,7 +54,8 @@ def ten_updates(folder):
             out = folder / f"{precision} {way}.pt"
             torchrun(nodes, processes, "tests/worker.py", "steps", out, precision, kind)
             found = torch.load(out, weights_only=True)
-            one = torch.load(folder / f"{precision} 1 process.pt", weights_only=True)
+            yardstick = "fp32" if processes == 1 else precision                # bf16 on one process: what rounding gives
+            one = torch.load(folder / f"{yardstick} 1 process.pt", weights_only=True)
             sizes = {part: max(size[part] for size in found["bytes"]) for part in found["bytes"][0]}
             share = {part: size / one["bytes"][0][part] for part, size in sizes.items()}
             results[f"{precision}, {way}"] = {**compare(found, one), "share": share}

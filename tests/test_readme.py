@@ -9,6 +9,10 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
+import align
+import grpo
+import model
+import rewards
 import train_rl
 
 README = (ROOT / "README.md").read_text()
@@ -87,6 +91,17 @@ def test_proof_table_is_made_from_its_numbers():
     sys.path.insert(0, str(ROOT / "tests"))
     import proof
     assert proof.table(json.loads((ROOT / "docs/proof.json").read_text())) == (ROOT / "docs/proof.md").read_text()
+
+
+EQUATIONS = {1: model.generate, 2: model.group_hidden, 3: model.Connector, 4: model.SamHead, 5: align.segmentation_loss,
+             6: grpo.group_advantages, 7: grpo.group_advantages, 8: grpo.clipped_objective, 9: grpo.kl_k3, 10: grpo.grpo_loss,
+             11: rewards.unified_reward, 12: train_rl.policy_pass}
+
+
+def test_every_equation_of_the_paper_has_a_function():
+    assert list(EQUATIONS) == list(range(1, 13))
+    for number, function in EQUATIONS.items():
+        assert re.search(rf"Eqs?\. (\d+(,| and|-) )*{number}\b", function.__doc__), (number, function)
 
 
 def test_only_the_cards_files():

@@ -115,6 +115,22 @@ def pick_expression(found, rng):
 SHAPES_SPLITS = {"train": 4000, "val": 700, "testA": 300, "testB": 300}      # pictures; testA has 2 things, testB 4
 
 
+def scenes(split, count, seed=7):
+    """-> generator of a split's pictures: (H, W, 3) uint8, its things, which of them is meant, its expressions."""
+    rng = random.Random(f"{seed}/{split}")
+    for _ in range(count):
+        picture, things = draw_scene(rng)
+        while {"testA": 2, "testB": 4}.get(split, len(things)) != len(things) or not describe(things):
+            picture, things = draw_scene(rng)
+        found = describe(things)
+        chosen = pick_expression(found, rng)[1]                    # one object of the picture, up to three expressions
+        own, texts = [f for f in found if f[1] == chosen], []
+        while len(texts) < min(3, len(own)):
+            text = pick_expression(own, rng)[2]
+            texts += [text] if text not in texts else []
+        yield picture, things, chosen, texts
+
+
 def write_shapes_world(root, seed=7, splits=SHAPES_SPLITS):
     """Write ROOT/refer_seg/shapes and its pictures in REFER's layout. Built beside its place and renamed, so that what
     exists is whole; the same seed writes the same files."""
@@ -124,20 +140,11 @@ def write_shapes_world(root, seed=7, splits=SHAPES_SPLITS):
     (building / "shapes").mkdir()
     images, annotations, refs, sentence = [], [], [], 0
     for split, count in splits.items():
-        rng = random.Random(f"{seed}/{split}")
-        for _ in range(count):
-            picture, things = draw_scene(rng)
-            while {"testA": 2, "testB": 4}.get(split, len(things)) != len(things) or not describe(things):
-                picture, things = draw_scene(rng)
-            found, image_id = describe(things), len(images) + 1
+        for picture, things, chosen, texts in scenes(split, count, seed):
+            image_id = len(images) + 1
             Image.fromarray(picture).save(pictures / f"COCO_train2014_{image_id:012d}.jpg", quality=95)
             images.append({"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": SIDE,
                            "width": SIDE})
-            chosen = pick_expression(found, rng)[1]                # one object of the picture, up to three expressions
-            own, texts = [f for f in found if f[1] == chosen], []
-            while len(texts) < min(3, len(own)):
-                text = pick_expression(own, rng)[2]
-                texts += [text] if text not in texts else []
             thing, ann_id = things[chosen], len(annotations) + 1
             rle = coco_mask.encode(np.asfortranarray(thing["mask"].astype(np.uint8)))
             x1, y1, x2, y2 = thing["box"]

@@ -1,0 +1,106 @@
+"""What do the context queries read? Their attention over picture, question, reasoning and box, as a small picture.
+
+    python tests/attention.py --checkpoint runs/tiny/rl       # half a minute; docs/attention.{json,png}; needs matplotlib
+
+For 100 rows of the shapes world's val: the model's greedy answer, the M queries behind it, one forward with the attention
+weights kept (Hugging Face's eager attention; a group of one is a plain causal row). A token's share is the mean over rows,
+queries and heads. Four rows are drawn: the picture, and where in it the queries of each layer look.
+"""
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from PIL import Image
+
+from data import Collator, EvaluationRows, load_item, read_records, select
+from model import SharedArgs, build_lens, embed, generate, pack_groups, prompt_positions, read_run
+
+ROWS, DRAWN = 100, (3, 21, 45, 80)
+KINDS = ["picture", "system prompt and question", "reasoning", "answer around the box", "box", "other queries"]
+
+
+def kinds_of(batch, b, completion, tokenizer, M):
+    """The kind of every token of [prompt][completion][queries], as an index into KINDS (L,)."""
+    kinds, answered, so_far = [], False, ""
+    for text in (tokenizer.decode([i]) for i in completion):
+        so_far += text
+        answered |= so_far.rstrip().endswith("</think>")
+        inside = "[" in so_far.rpartition("bbox_2d")[2] and "]" not in so_far.rpartition("bbox_2d")[2].partition("[")[2]
+        kinds.append(4 if "bbox_2d" in so_far and inside and text.strip().isdigit() else 3 if answered else 2)
+    prompt = torch.where(batch["types"][b] == 1, 0, 1)
+    return torch.cat([prompt, torch.tensor(kinds), torch.full((M,), 5)])
+
+
+@torch.no_grad()
+def attentions(lens, batch, positions, completion):
+    """-> (layers, M, L): the queries' attention, mean over heads"""
+    packed = pack_groups(batch["ids"], positions, [[completion]], lens.M)
+    inputs = embed(lens.mllm, packed["ids"], batch)
+    flat = inputs["inputs_embeds"][0].index_copy(0, packed["queries"].flatten(), lens.queries)
+    out = lens.mllm.model.language_model(inputs_embeds=flat[None], position_ids=packed["positions"], use_cache=False,
+                                         output_attentions=True)
+    return torch.stack([layer[0].mean(0)[packed["queries"][0]] for layer in out.attentions])
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    saved = read_run(folder)
+    shared = SharedArgs(**{f.name: saved[f.name] for f in fields(SharedArgs) if f.name in saved})
+    lens, processor = build_lens(shared, folder)
+    lens.eval()
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
+    rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), ROWS).rows
+    batch = collate([load_item(*row) for row in rows])
+    positions = prompt_positions(lens.mllm, batch)
+    completions, _ = generate(lens.mllm, batch, positions, 1, shared.max_completion, lens.eos, lens.forbidden)
+    lens.mllm.set_attn_implementation({"text_config": "eager"})
+    shares, drawn = [], []
+    for b in range(ROWS):
+        one = select(batch, [b])
+        weights = attentions(lens, one, positions[b:b + 1], completions[b][0])
+        kinds = kinds_of(batch, b, completions[b][0].tolist(), processor.tokenizer, lens.M)
+        shares.append(torch.stack([weights[..., kinds == k].sum(-1).mean(-1) for k in range(len(KINDS))], -1))
+        if b in DRAWN:
+            merged = (one["grid_thw"][0, 1:] // 2).tolist()
+            drawn.append((load_item(*rows[b]), weights[..., kinds == 0].mean(1).view(-1, *merged)))
+    shares = torch.stack(shares).mean(0)                                     # (layers, kinds)
+    table = {KINDS[k]: shares[:, k].tolist() for k in range(len(KINDS))}
+    (ROOT / "docs/attention.json").write_text(json.dumps({"rows": ROWS, "share by layer": table}, indent=1) + "\n")
+    draw(drawn, shares, ROOT / "docs/attention.png")
+    print(json.dumps(table, indent=1))
+
+
+def draw(drawn, shares, path):
+    layers = len(shares)
+    figure, axes = pyplot.subplots(len(drawn), layers + 1, figsize=(2 * (layers + 3.2), 2.1 * len(drawn)), squeeze=False)
+    figure.subplots_adjust(left=0.02, right=0.62, top=0.93, bottom=0.02)
+    for row, (item, maps) in zip(axes, drawn):
+        row[0].imshow(item["image"])
+        row[0].set_title(item["text"], fontsize=6)
+        for n, (axis, attention) in enumerate(zip(row[1:], maps)):
+            grown = Image.fromarray((255 * attention / attention.max()).byte().numpy()).resize(item["image"].size)
+            axis.imshow(np.array(item["image"].convert("L")), cmap="gray", alpha=0.5)
+            axis.imshow(np.array(grown), cmap="magma", alpha=0.7)
+            axis.set_title(f"layer {n + 1}", fontsize=8)
+        for axis in row:
+            axis.axis("off")
+    bars, left = figure.add_axes([0.66, 0.15, 0.32, 0.6]), np.zeros(layers)
+    for k, name in enumerate(KINDS):
+        bars.barh(range(layers), shares[:, k], left=left, label=name)
+        left += shares[:, k].numpy()
+    bars.set(yticks=range(layers), yticklabels=[f"layer {n + 1}" for n in range(layers)],
+             xlabel="share of the queries' attention")
+    bars.invert_yaxis()
+    bars.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
+    figure.savefig(path, dpi=72)
+
+
+if __name__ == "__main__":
+    main(sys.argv[sys.argv.index("--checkpoint") + 1])
