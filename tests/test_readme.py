@@ -54,6 +54,19 @@ def test_example_of_copying():
     assert space["loss"].item() == pytest.approx(0.0, abs=1e-6) and space["log_probs"].grad.abs().sum() > 0
 
 
+def anchored(text):
+    """The text with every [`name`](file.py#L...) pointing at the line where that name is defined."""
+    def line(match):
+        source = (ROOT / match[2]).read_text().splitlines()
+        found = [n for n, code in enumerate(source, 1) if re.match(rf"(def|class) {match[1]}\b", code)]
+        return f"[`{match[1]}`]({match[2]}#L{found[0]})"
+    return re.sub(r"\[`(\w+)`\]\((\w+\.py)#L\d+\)", line, text)
+
+
+def test_links_lead_to_their_functions():
+    assert "(grpo.py#L" in README and anchored(README) == README, "python tests/test_readme.py mends the line numbers"
+
+
 def test_links_and_names():
     """Every file that is linked exists, and every function named beside a file is in it."""
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
@@ -109,3 +122,7 @@ def test_only_the_cards_files():
     scripts = sorted(p.name for p in ROOT.glob("*.py"))
     assert scripts == ["align.py", "data.py", "evaluate.py", "grpo.py", "model.py", "rewards.py", "train_rl.py"]
     assert sum(len((ROOT / name).read_text().splitlines()) for name in scripts) <= 2400
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(anchored(README))

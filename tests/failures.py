@@ -1,0 +1,77 @@
+"""RL that goes wrong, on purpose: what three failures look like in metrics.jsonl. By hand, about ten minutes of one core:
+
+    python tests/failures.py              # from runs/tiny/align; writes docs/failures.{json,md,png}; needs matplotlib
+
+Each is the tiny preset's stage 2 for 100 steps and one change:
+
+    format collapse       --max-completion 30: answers are cut before their end token, so no format is whole
+    length blow-up        --lr 3e-3 --beta 0: steps too large and no KL to hold them; the language falls apart
+    full-picture boxes    --iou-power 0.1: nearly flat, so that a box on everything, never quite wrong, pays most
+
+Beside the healthy run of the same length, a table of the last 25 steps and the mean area of the sampled boxes on 200 rows.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs/failures"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CAUSES = {"healthy": "", "format collapse": "--max-completion 30", "length blow-up": "--lr 3e-3 --beta 0",
+          "full-picture boxes": "--iou-power 0.1"}
+COLUMNS = ["reward", "reward_format", "reward_box", "completion_length", "entropy", "kl", "zero_variance", "grad_norm"]
+
+
+def call(script, *flags):
+    with open(RUNS / "log.txt", "a") as log:
+        subprocess.run([sys.executable, script, "--preset", "tiny", *map(str, flags)], cwd=ROOT, env=ENVIRONMENT, check=True,
+                       stdout=log, stderr=log)
+
+
+def measure(name, flags):
+    """-> metrics of the run, and the mean share of the picture that its sampled boxes take"""
+    folder = RUNS / name.replace(" ", "_")
+    rows = folder.with_suffix(".jsonl")
+    if not (folder / "lens.json").exists():
+        resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
+        call("train_rl.py", "--steps", 100, "--output", folder, *flags.split(), *resume)
+    call("evaluate.py", "--checkpoint", folder, "--sample", "--limit", 200, "--predictions", rows)
+    areas = []
+    for row in map(json.loads, rows.read_text().splitlines()):
+        x1, y1, x2, y2 = np.clip(row["box"] or [0, 0, 0, 0], 0, row["mask"]["size"][0])
+        areas.append(max(x2 - x1, 0) * max(y2 - y1, 0) / np.prod(row["mask"]["size"]))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], float(np.mean(areas))
+
+
+def main():
+    RUNS.mkdir(parents=True, exist_ok=True)
+    found = {name: measure(name, flags) for name, flags in CAUSES.items()}
+    lines = ["Stage 2 of the tiny preset, 100 steps; means of the last 25, and the area of sampled boxes on 200 rows. Made by "
+             "`python tests/failures.py`.", "", "| | cause | " + " | ".join(COLUMNS) + " | area of boxes |",
+             "|" + "---|" * (len(COLUMNS) + 3)]
+    figure, axes = pyplot.subplots(2, 4, figsize=(13, 5))
+    summary = {}
+    for name, (metrics, area) in found.items():
+        means = {column: float(np.mean([row[column] for row in metrics[-25:]])) for column in COLUMNS}
+        summary[name] = {"flags": CAUSES[name], **means, "area": area}
+        cause = f"`{CAUSES[name]}`" if CAUSES[name] else ""
+        lines.append(f"| {name} | {cause} | " + " | ".join(f"{means[c]:.2f}" for c in COLUMNS) + f" | {area:.2f} |")
+        for axis, column in zip(axes.flat, COLUMNS):
+            smooth = np.convolve([row[column] for row in metrics], np.ones(5) / 5, "valid")
+            axis.plot(smooth, label=name, linewidth=1)
+            axis.set_title(column, fontsize=9)
+    axes.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs/failures.png", dpi=70)
+    (ROOT / "docs/failures.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (ROOT / "docs/failures.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
