@@ -143,7 +143,8 @@ def draw_curves(folder, output):
     from matplotlib import pyplot
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     names = [name for name in ("reward", "reward_format", "reward_box", "reward_mask", "loss_seg", "kl", "entropy",
-                               "completion_length", "loss", "mask_iou", "grad_norm") if name in rows[0]]
+                               "completion_length", "zero_variance", "clip_fraction", "loss", "mask_iou", "grad_norm")
+             if name in rows[0]]
     figure, axes = pyplot.subplots(2, (len(names) + 1) // 2, figsize=(16, 6), squeeze=False)
     window = max(1, len(rows) // 20)
     for axis, name in zip(axes.flat, names):
@@ -157,4 +158,4 @@ def draw_curves(folder, output):
         axis.axis("off")
     figure.suptitle(f"{folder}: every step, and its mean over {window}")
     figure.tight_layout()
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=90)
