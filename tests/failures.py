@@ -4,7 +4,7 @@
 
 Each is the tiny preset's stage 2 for 100 steps and one change:
 
-    format collapse       --max-completion 30: answers are cut before their end token, so no format is whole
+    format collapse       --max-completion 20: every answer is cut before its end, so no format is whole
     length blow-up        --lr 3e-3 --beta 0: steps too large and no KL to hold them; the language falls apart
     full-picture boxes    --iou-power 0.1: nearly flat, so that a box on everything, never quite wrong, pays most
 
@@ -22,7 +22,7 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/failures"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-CAUSES = {"healthy": "", "format collapse": "--max-completion 30", "length blow-up": "--lr 3e-3 --beta 0",
+CAUSES = {"healthy": "", "format collapse": "--max-completion 20", "length blow-up": "--lr 3e-3 --beta 0",
           "full-picture boxes": "--iou-power 0.1"}
 COLUMNS = ["reward", "reward_format", "reward_box", "completion_length", "entropy", "kl", "zero_variance", "grad_norm"]
 

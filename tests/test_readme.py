@@ -82,6 +82,8 @@ def test_numbers_come_from_docs():
     runs' own metrics."""
     assert (ROOT / "docs/proof.md").read_text().strip() in README
     assert (ROOT / "docs/tiny.md").read_text().strip().split("\n\n")[-1] in README
+    for block in (ROOT / "docs/misguided.md").read_text().strip().split("\n\n")[1:]:
+        assert block in README
     for stage in ("align", "rl"):
         rows = [json.loads(line) for line in (ROOT / f"docs/{stage}_metrics.jsonl").read_text().splitlines()]
         assert f"{sum(row['seconds'] for row in rows):.0f} s (docs/{stage}_metrics.jsonl)" in README
