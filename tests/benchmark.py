@@ -109,8 +109,8 @@ def build_world(P, lengths):
     mask, completions = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], [words(n) for n in lengths]
     positions = prompt_positions(lens.mllm, batch)
     return SimpleNamespace(
-        lens=lens, sampler=copy_mllm(lens.mllm, "fp32"), reference=Reference(build_mllm(1), lens.forbidden), batch=batch, G=G,
-        T=sum(lengths) / G, completions=completions, mask=mask, positions=positions, old=torch.full(mask.shape, -7.6),
+        lens=lens, sampler=copy_mllm(lens.mllm, "fp32"), reference=Reference(build_mllm(1), lens.forbidden), G=G,
+        batch=batch, T=sum(lengths) / G, completions=completions, mask=mask, positions=positions, old=torch.full(mask.shape, -7.6),
         packed=pack_groups(batch["ids"], positions, [completions], M), uniforms=draw_uniforms(0, 0, [0], G, DECODED + 1),
         advantages=torch.linspace(-1.5, 1.5, G)[None], args=RLArgs(group_size=G, batch=1),
         prompts=torch.randn(G, M, D, generator=g))                           # SAM's, where it is measured by itself
@@ -139,8 +139,9 @@ def group_segmentation(w):
 
 def group_pass(w):
     zero = torch.zeros(1, w.G)
-    policy_pass(w.lens, w.reference, {"batch": w.batch, "packed": w.packed, "text_positions": {}, "old": w.old, "reward": zero,
-                                      "advantages": w.advantages, "r_format": zero, "r_box": zero, "r_mask": zero}, w.args, 1)
+    part = {"batch": w.batch, "packed": w.packed, "text_positions": {}, "old": w.old, "advantages": w.advantages,
+            "reward": zero, "r_format": zero, "r_box": zero, "r_mask": zero}
+    policy_pass(w.lens, w.reference, part, w.args, 1)
 
 
 # --- The straightforward step, n samples at a time: n = 1 is `single`, n = G is `batch` ------------
@@ -327,13 +328,14 @@ def table(*rows):
 
 
 def parts_table(result):
-    rows = [["part", "Gflop ours", "theirs", "counted", "s ours", "single", "batch", "measured", "reached", "GB ours", "single",
-             "batch", "ours to batch"]]
+    rows = [["part", "Gflop ours", "theirs", "counted", "s ours", "single", "batch", "measured", "reached", "GB ours",
+             "single", "batch", "ours to batch"]]
     for part in PARTS:
         row, memory = result[part], result["sampling" if part == "prefill" else part]
         cells = [row["group"]["gflop"], min(row[way]["gflop"] for way in WAYS[1:]), over(row, "gflop"),
                  *(row[way]["seconds"] for way in WAYS), over(row, "seconds")]
-        gb = [] if part == "decode" else [memory[way]["gb"] for way in WAYS] + [memory["group"]["gb"] / memory["batch"]["gb"]]
+        gb = [] if part == "decode" else [*(memory[way]["gb"] for way in WAYS),
+                                          memory["group"]["gb"] / memory["batch"]["gb"]]
         rows.append([part, *(f"{x:.2f}" for x in cells), f"{over(row, 'seconds') / over(row, 'gflop'):.0%}",
                      *(f"{x:.2f}" for x in gb), *(() if gb else ["in prefill's"] + [""] * 3)])
     return table(*rows)
@@ -365,7 +367,8 @@ def targets(results):
                ("prefill, times faster", 5, over(head["prefill"], "seconds"), 1),
                ("step, peak memory to the padded batch's", 0.5, step["group"]["gb"] / step["batch"]["gb"], -1)]
     wanted += [(f"{part}, ours, G = 16 to G = 8", 1.15 * tokens("G=16") / tokens("headline"),
-                results["G=16"][part]["group"]["seconds"] / head[part]["group"]["seconds"], -1) for part in ("policy", "step")]
+                results["G=16"][part]["group"]["seconds"] / head[part]["group"]["seconds"], -1)
+               for part in ("policy", "step")]
     for what, limit, found, sign in wanted:
         met = "yes" if sign * found >= sign * limit else "**no**"
         rows.append([what, f"at {'least' if sign > 0 else 'most'} {limit:.2f}", f"{found:.2f}", met])
@@ -386,6 +389,7 @@ MLLM to SAM, arithmetic of the straightforward step: {here:.0f} here, about {rea
 differences between the three ways: {', '.join(f'{key} {value:.0e}' for key, value in data['check'].items())}.
 
 ## P = 1400, T = 200, M = 64, G = 8
+
 """.splitlines() + parts_table(head) + targets(results) + f"""
 With `num_return_sequences`, transformers {data['transformers']} runs the vision tower once (earlier ones did not, and a batch that
 repeats its prompts does not): prefill then takes {once:.2f} s, {once / head['prefill']['group']['seconds']:.2f} times ours.
@@ -393,10 +397,19 @@ repeats its prompts does not): prefill then takes {once:.2f} s, {once / head['pr
 ## The same with completions of {MIXED[0]} to {MIXED[-1]} tokens
 
 As many tokens in sum, but a padded batch pays for padding. Decoding is not told of the lengths.
+
 """.splitlines() + parts_table(results["mixed"]) + ["## Against G and P", ""] + sweep_table(
         results, ["G=2", "G=4", "headline", "G=16"]) + sweep_table(results, ["P=256", "P=512", "P=1000", "headline"])
     (ROOT / "docs/benchmark.md").write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(lines))
+
+
+def summary(results):
+    """README's rows: part, counted and measured ratio, our memory to the padded batch's, at the first setting."""
+    head = results["headline"]
+    memory = lambda part: head["sampling" if part == "prefill" else part]
+    return [f"| {part} | {over(head[part], 'gflop'):.1f} | {over(head[part], 'seconds'):.1f} | "
+            f"{memory(part)['group']['gb'] / memory(part)['batch']['gb']:.2f} |" for part in PARTS if part != "decode"]
 
 
 def main():

@@ -10,8 +10,10 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 
 import align
+import benchmark
 import grpo
 import model
+import proof
 import rewards
 import train_rl
 
@@ -84,6 +86,8 @@ def test_numbers_come_from_docs():
     assert (ROOT / "docs/tiny.md").read_text().strip().split("\n\n")[-1] in README
     for block in (ROOT / "docs/misguided.md").read_text().strip().split("\n\n")[1:]:
         assert block in README
+    results = json.loads((ROOT / "docs/benchmark.json").read_text())["results"]
+    assert "\n".join(benchmark.summary(results)) in README
     for stage in ("align", "rl"):
         rows = [json.loads(line) for line in (ROOT / f"docs/{stage}_metrics.jsonl").read_text().splitlines()]
         assert f"{sum(row['seconds'] for row in rows):.0f} s (docs/{stage}_metrics.jsonl)" in README
@@ -103,8 +107,6 @@ def test_plan_numbers(monkeypatch, capsys):
 
 
 def test_proof_table_is_made_from_its_numbers():
-    sys.path.insert(0, str(ROOT / "tests"))
-    import proof
     assert proof.table(json.loads((ROOT / "docs/proof.json").read_text())) == (ROOT / "docs/proof.md").read_text()
 
 
