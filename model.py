@@ -315,7 +315,8 @@ def embed(mllm, ids, batch):
                                                      torch.cat(features.pooler_output).to(embeds.dtype))}
     if mllm.config.model_type == "qwen3_vl":
         inputs["visual_pos_masks"] = of_picture
-        inputs["deepstack_visual_embeds"] = [torch.cat(layer) for layer in features.deepstack_features]
+        joined = lambda layer: layer if torch.is_tensor(layer) else torch.cat(layer)   # one tensor in transformers 5.17
+        inputs["deepstack_visual_embeds"] = [joined(layer) for layer in features.deepstack_features]
     return inputs
 
 
