@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
+import ablate
 import align
 import benchmark
 import grpo
@@ -84,8 +85,10 @@ def test_numbers_come_from_docs():
     runs' own metrics."""
     assert (ROOT / "docs/proof.md").read_text().strip() in README
     assert (ROOT / "docs/tiny.md").read_text().strip().split("\n\n")[-1] in README
-    for block in (ROOT / "docs/misguided.md").read_text().strip().split("\n\n")[1:]:
-        assert block in README
+    for name in ("misguided", "failures"):
+        for block in (ROOT / f"docs/{name}.md").read_text().strip().split("\n\n")[1:]:
+            assert block in README
+    assert f"<!-- docs/ablations.md -->\n{(ROOT / 'docs/ablations.md').read_text()}<!-- end -->" in README
     results = json.loads((ROOT / "docs/benchmark.json").read_text())["results"]
     assert "\n".join(benchmark.summary(results)) in README
     for stage in ("align", "rl"):
@@ -104,6 +107,10 @@ def test_plan_numbers(monkeypatch, capsys):
         assert re.findall(r": ([\d.]+) GB, fits", text)[-1] == gigabytes
     shards = float(re.search(r"starts, ([\d.]+) GB of shards", text)[1])
     assert f"lie in CPU memory ({shards:.0f} GB)" in README
+
+
+def test_ablation_tables_are_made_from_their_lines():
+    assert ablate.markdown(ablate.finished()) == (ROOT / "docs/ablations.md").read_text()
 
 
 def test_proof_table_is_made_from_its_numbers():
