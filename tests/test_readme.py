@@ -12,11 +12,13 @@ from conftest import ENVIRONMENT, ROOT
 import ablate
 import align
 import benchmark
+import data
 import grpo
 import model
 import proof
 import rewards
 import train_rl
+from model import SharedArgs
 
 README = (ROOT / "README.md").read_text()
 
@@ -44,7 +46,8 @@ def test_commands(tmp_path):
         line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
         line = re.sub(r"^python ", f"{sys.executable} ", line)
         line += " --limit 8" + ("" if "evaluate" in line else " --steps 2")
-        done = subprocess.run(shlex.split(line), cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": ""}, capture_output=True, text=True)
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": ""}, capture_output=True,
+                              text=True)
         assert done.returncode == 0, line + done.stdout[-1000:] + done.stderr[-3000:]
     assert (tmp_path / "overlay.png").exists() and (tmp_path / "runs/tiny/rl/mllm/model.safetensors").exists()
 
@@ -105,6 +108,11 @@ def test_plan_numbers(monkeypatch, capsys):
         train_rl.main()
         text = capsys.readouterr().out
         assert re.findall(r": ([\d.]+) GB, fits", text)[-1] == gigabytes
+    monkeypatch.setattr(sys, "argv", "train_rl.py --plan --max-prompt 600 --max-completion 150".split())
+    train_rl.main()
+    flops, seconds = re.search(r"all (\d+): ([\d.]+) s at 100", capsys.readouterr().out).groups()
+    steps = train_rl.plan_steps(train_rl.RLArgs(), 16, sum(data.DATASETS[n]["train"][0] for n in SharedArgs().datasets))
+    assert f"a step counts {flops} TFLOP" in README and f"16 of them: {seconds} s" in README and f"{steps:,} steps" in README
     shards = float(re.search(r"starts, ([\d.]+) GB of shards", text)[1])
     assert f"lie in CPU memory ({shards:.0f} GB)" in README
 
