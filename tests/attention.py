@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from matplotlib import pyplot
 from PIL import Image
 
 from data import Collator, EvaluationRows, load_item, read_records, select
@@ -78,6 +77,7 @@ def main(folder):
 
 
 def draw(drawn, shares, path):
+    from matplotlib import pyplot
     layers = len(shares)
     figure, axes = pyplot.subplots(len(drawn), layers + 1, figsize=(2 * (layers + 3.2), 2.1 * len(drawn)), squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.62, top=0.93, bottom=0.02)
