@@ -111,6 +111,18 @@ def table(result):
     return "\n".join(lines) + "\n"
 
 
+def summary(result):
+    """The short table: what the reader wants first."""
+    cell = lambda values: f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+    lines = ["| | reward, sampled | format, sampled | box IoU, greedy | mask IoU, greedy |", "|---|---|---|---|---|"]
+    for name in ("align", "longer", "no_reward", "rl"):
+        found = {mode: [m for k, m in result["means"].items() if k.split(" ")[1] == mode and k.rsplit("-", 1)[0] == name]
+                 for mode in ("greedy", "sampled")}
+        columns = ("sampled", "reward"), ("sampled", "format"), ("greedy", "box_iou"), ("greedy", "giou")
+        lines.append(f"| {NAMES[name]} | " + " | ".join(cell([m[key] for m in found[mode]]) for mode, key in columns) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -1,4 +1,5 @@
 """The README's own commands and code, run as a reader would."""
+import ast
 import json
 import re
 import shlex
@@ -14,8 +15,10 @@ import align
 import benchmark
 import data
 import grpo
+import misguided
 import model
 import proof
+import report
 import rewards
 import train_rl
 from model import SharedArgs
@@ -87,6 +90,7 @@ def test_numbers_come_from_docs():
     """The results table is docs/proof.md, that of quartiles in docs/tiny.md, and the times are the sums of `seconds` in the
     runs' own metrics."""
     assert (ROOT / "docs/proof.md").read_text().strip() in README
+    assert proof.summary(json.loads((ROOT / "docs/proof.json").read_text())) in README
     assert (ROOT / "docs/tiny.md").read_text().strip().split("\n\n")[-1] in README
     for name in ("misguided", "failures"):
         for block in (ROOT / f"docs/{name}.md").read_text().strip().split("\n\n")[1:]:
@@ -97,6 +101,37 @@ def test_numbers_come_from_docs():
     for stage in ("align", "rl"):
         rows = [json.loads(line) for line in (ROOT / f"docs/{stage}_metrics.jsonl").read_text().splitlines()]
         assert f"{sum(row['seconds'] for row in rows):.0f} s (docs/{stage}_metrics.jsonl)" in README
+
+
+def test_what_the_text_says_of_results():
+    """Sentences of the README with the numbers that their files hold."""
+    read = lambda name: json.loads((ROOT / f"docs/{name}.json").read_text())
+    proved, wrong, failed, real = read("proof"), read("misguided")["means"], read("failures"), read("real")
+    gain = lambda what: [gains[0] for name, gains in proved["gains"].items() if name.endswith(what)]
+    mean = lambda variant, mode, key: sum(proved["means"][f"{variant}-{seed} {mode}"][key] for seed in (1, 2, 3)) / 3
+    reward, box, base = gain("sampled reward"), gain("greedy box_iou"), [proved["means"][f"base-0 {m}"]["giou"]
+                                                                         for m in ("greedy", "sampled")]
+    over_b = [gains[0] for name, gains in proved["gains"].items() if name.endswith("align, greedy giou")]
+    policy, both, _ = read("tried")["gradient norm of the first four steps"].values()
+    kl = [json.loads(line)["kl"] for line in (ROOT / "docs/rl_metrics.jsonl").read_text().splitlines()]
+    suite, toy = real["GroundingSuite-Eval"], real["released code, largest differences"]
+    for sentence in (
+            f"sampled reward (+{min(reward):.2f} to +{max(reward):.2f} over stage 1 and both controls) and the greedy box "
+            f"(+{min(box):.2f} to +{max(box):.2f} IoU)",
+            f"format in {100 * mean('rl', 'sampled', 'format'):.0f} % instead of {100 * mean('align', 'sampled', 'format'):.0f} %",
+            f"(c) beats (b) by {min(over_b):.2f}-{max(over_b):.2f} mask IoU",
+            f"greedy masks ({base[0]:.3f}) than any", f"({base[1]:.3f} against {mean('rl', 'sampled', 'giou'):.3f})",
+            f"(gIoU {proved['means']['align-1 greedy']['giou']:.3f} against "
+            f"{proved['means']['align_true-1 greedy']['giou']:.3f} on the same seed)",
+            f"(norm {min(both):.0f} to {max(both):.0f} against {sum(policy) / 4:.1f})",
+            f"settles ({sum(kl[-25:]) / 25:.2f} here)",
+            f"boxes' IoU falls ({failed['healthy']['box_iou']:.2f} to {failed['oversized boxes']['box_iou']:.2f}) and they grow by "
+            f"{100 * (failed['oversized boxes']['area'] / failed['healthy']['area'] - 1):.0f} %",
+            f"all {suite['records']:,} records", f"a mean IoU of {suite['mean IoU of box and mask extent']} with"):
+        assert sentence in re.sub(r"\s+", " ", README), sentence
+    assert base[0] > max(m["giou"] for name, m in proved["means"].items() if "greedy" in name and "base" not in name)
+    assert max(kind["logits"] for kind in toy.values()) < 1e-5 and max(kind["low_res_masks"] for kind in toy.values()) < 5e-5
+    assert wrong["own box"][1] - min(wrong[name][1] for name in misguided.CORRUPTIONS) < 0.02
 
 
 def test_plan_numbers(monkeypatch, capsys):
@@ -134,6 +169,23 @@ def test_every_equation_of_the_paper_has_a_function():
     assert list(EQUATIONS) == list(range(1, 13))
     for number, function in EQUATIONS.items():
         assert re.search(rf"Eqs?\. (\d+(,| and|-) )*{number}\b", function.__doc__), (number, function)
+
+
+def test_what_each_file_imports():
+    for name, listed in re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", README, re.M):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names)
+        assert set(re.findall(r"\w+", listed.replace(".py", ""))) == imported, name
+    assert len(re.findall(r"^\| `\w+\.py` \|", README, re.M)) == 7
+
+
+def test_published_numbers():
+    for name, values in report.TABLE_1.items():
+        row = re.search(rf"^\| {re.escape(name)} +\|(.*)\|$", README, re.M)[1]
+        assert [cell.strip() for cell in row.split("|")] == ["-" if value is None else f"{value:.1f}" for value in values]
+    assert all(f"{giou} / {ciou}" in README for giou, ciou in report.TABLE_2.values())
 
 
 def test_only_the_cards_files():
