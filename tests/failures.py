@@ -6,8 +6,8 @@ Each is the tiny preset's stage 2 for 100 steps and one change:
 
     format collapse       --max-completion 20: every answer is cut before its end, so no format is whole
     length blow-up        --lr 3e-3 --beta 0: steps too large and no KL to hold them; the language falls apart
-    oversized boxes       --iou-power 0.1 and only the box rewarded, hot sampling: a reward that is nearly flat, so that a
-                          large box, never quite wrong, pays more than a tight one that may miss
+    full-picture boxes    --iou-power 0.02 and only the box rewarded, without KL, hot sampling: a reward that asks only
+                          whether the boxes touch, so that a large one, never quite wrong, pays more than a tight one
 
 Beside the healthy run of the same length, a table of the last 25 steps, and IoU and area of the sampled boxes on 200 rows.
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/failures"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CAUSES = {"healthy": "", "format collapse": "--max-completion 20", "length blow-up": "--lr 3e-3 --beta 0",
-          "oversized boxes": "--iou-power 0.1 --lambda-format 0 --lambda-mask 0 --lr 6e-4 --temperature 1.5 --alpha 0"}
+          "full-picture boxes": "--iou-power 0.02 --lambda-format 0 --lambda-mask 0 --alpha 0 --beta 0 --lr 1e-3 --temperature 1.5"}
 COLUMNS = ["reward", "reward_format", "reward_box", "completion_length", "entropy", "kl", "zero_variance", "grad_norm"]
 
 

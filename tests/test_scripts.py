@@ -8,7 +8,11 @@ import ablate
 import attention
 import benchmark
 import misguided
+import picture
 import scale
+from data import load_item, read_records
+from model import TINY, SharedArgs, build_lens
+from rewards import box_iou, format_reward
 
 ANSWER = '<think>\nThe cup is left.\n</think>\n<answer>\n```json\n[\n  {"bbox_2d": [10, 20, 30, 60], "label": "cup"}\n]\n```\n</answer>'
 
@@ -26,6 +30,21 @@ def test_corrupted_boxes():
 def test_only_the_boxs_numbers_are_replaced():
     assert misguided.write_box(ANSWER, (-5, 20.4, 200, 127.6), (128, 128)) == ANSWER.replace("10, 20, 30, 60", "0, 20, 128, 128")
     assert misguided.without_reasoning(ANSWER) == ANSWER[ANSWER.index("<answer>"):]
+
+
+def test_the_pictures_group(aligned, world):
+    """Its scores, made again from what is drawn: text, box and mask in the picture's own frame."""
+    shared = SharedArgs(**{**TINY, "data": str(world)})
+    lens, processor = build_lens(shared, aligned)
+    item = load_item(read_records(shared.data, ["shapes"], ["val"])[0], 0)
+    answers = picture.one_group(lens.eval(), processor, item, shared)
+    assert len(answers) == picture.G
+    for text, box, mask, (r_format, r_box, r_mask), _ in answers:
+        assert r_format in (0, format_reward(text)) and r_box == pytest.approx(box_iou(box, item["box"]), abs=1e-6)
+        assert r_mask == pytest.approx((mask & item["mask"]).sum() / (mask | item["mask"]).sum(), abs=1e-4)
+    totals, advantages = torch.tensor([sum(a[3]) for a in answers]), torch.tensor([a[4] for a in answers])
+    assert torch.allclose(advantages, (totals - totals.mean()) / totals.std(correction=0), atol=1e-2)
+    assert advantages.std() > 0.5
 
 
 def test_kinds_of_tokens():
