@@ -8,7 +8,6 @@ queries and heads. Four rows are drawn: the picture, and where in it the queries
 """
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Collator, EvaluationRows, load_item, read_records, select
-from model import SharedArgs, build_lens, embed, generate, pack_groups, prompt_positions, read_run
+from data import EvaluationRows, load_item, read_records, select
+from model import embed, generate, pack_groups, prompt_positions
+from picture import open_run
 
 ROWS, DRAWN = 100, (3, 21, 45, 80)
 KINDS = ["picture", "system prompt and question", "reasoning", "answer around the box", "box", "other queries"]
@@ -49,12 +49,7 @@ def attentions(lens, batch, positions, completion):
 
 
 def main(folder):
-    torch.set_num_threads(1)
-    saved = read_run(folder)
-    shared = SharedArgs(**{f.name: saved[f.name] for f in fields(SharedArgs) if f.name in saved})
-    lens, processor = build_lens(shared, folder)
-    lens.eval()
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
+    lens, processor, collate, shared = open_run(folder)
     rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), ROWS).rows
     batch = collate([load_item(*row) for row in rows])
     positions = prompt_positions(lens.mllm, batch)

@@ -14,7 +14,6 @@ import json
 import random
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from data import Collator, EvaluationRows, extra, load_item, read_records, rescale_box, select
-from model import (SamHead, SharedArgs, build_lens, context_positions, full_size_masks, generate, load_sam, pack_groups,
-                   prompt_positions, read_run)
+from data import EvaluationRows, extra, load_item, read_records, rescale_box, select
+from model import SamHead, context_positions, full_size_masks, generate, load_sam, pack_groups, prompt_positions
+from picture import open_run
 from rewards import box_iou, find_box, mask_iou
 
 ROWS, BATCH = 500, 50
@@ -124,19 +123,14 @@ def draw(means, path):
 
 
 def main(folder):
-    torch.set_num_threads(1)
-    saved = read_run(folder)
-    shared = SharedArgs(**{f.name: saved[f.name] for f in fields(SharedArgs) if f.name in saved})
+    lens, processor, collate, shared = open_run(folder)
     world = extra("shapes_world")
     records = read_records(shared.data, shared.datasets, ["val"])
     others = {}                                                                    # the picture's other objects
     for record, (_, things, chosen, _) in zip(records, world.scenes("val", len(records))):
         others[record["id"]] = [thing["box"] for i, thing in enumerate(things) if i != chosen]
     rows = EvaluationRows(records, ROWS)
-    lens, processor = build_lens(shared, folder)
-    lens.eval()
     stock = SamHead(load_sam(shared.sam)).eval()
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
     found = measure(lens, stock, processor, rows, collate, others)
     means = {name: torch.tensor(values).view(len(values), -1).mean(0).tolist() for name, values in found.items()}
     n = len(found["own box"])

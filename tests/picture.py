@@ -27,10 +27,20 @@ from train_rl import mask_rewards, text_rewards
 G = 4
 
 
+def open_run(folder):
+    """A finished run -> (lens, processor, collate, shared), on one thread"""
+    torch.set_num_threads(1)
+    saved = read_run(folder)
+    shared = SharedArgs(**{f.name: saved[f.name] for f in fields(SharedArgs) if f.name in saved})
+    lens, processor = build_lens(shared, folder)
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
+    return lens.eval(), processor, collate, shared
+
+
 @torch.no_grad()
-def one_group(lens, processor, item, shared):
+def one_group(lens, processor, collate, item, shared):
     """-> for each of G answers: (text, box in the picture frame or None, mask (H, W), three rewards, advantage)"""
-    batch = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)([item])
+    batch = collate([item])
     positions = prompt_positions(lens.mllm, batch)
     uniforms = draw_uniforms(shared.seed, 0, [0], G, shared.max_completion)
     completions, finished = generate(lens.mllm, batch, positions, G, shared.max_completion, lens.eos, lens.forbidden, uniforms)
@@ -71,13 +81,10 @@ def main():
     parser.add_argument("--checkpoint", required=True, help="stage 1's folder")
     parser.add_argument("--row", type=int, default=42, help="row of val")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    saved = read_run(args.checkpoint)
-    shared = SharedArgs(**{f.name: saved[f.name] for f in fields(SharedArgs) if f.name in saved})
-    lens, processor = build_lens(shared, args.checkpoint)
+    lens, processor, collate, shared = open_run(args.checkpoint)
     rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), 1000).rows
     item = load_item(*rows[args.row])
-    draw(item, one_group(lens.eval(), processor, item, shared), ROOT / "docs/lens.png")
+    draw(item, one_group(lens, processor, collate, item, shared), ROOT / "docs/lens.png")
 
 
 if __name__ == "__main__":

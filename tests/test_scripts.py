@@ -11,7 +11,6 @@ import misguided
 import picture
 import scale
 from data import load_item, read_records
-from model import TINY, SharedArgs, build_lens
 from rewards import box_iou, format_reward
 
 ANSWER = '<think>\nThe cup is left.\n</think>\n<answer>\n```json\n[\n  {"bbox_2d": [10, 20, 30, 60], "label": "cup"}\n]\n```\n</answer>'
@@ -32,12 +31,11 @@ def test_only_the_boxs_numbers_are_replaced():
     assert misguided.without_reasoning(ANSWER) == ANSWER[ANSWER.index("<answer>"):]
 
 
-def test_the_pictures_group(aligned, world):
+def test_the_pictures_group(aligned):
     """Its scores, made again from what is drawn: text, box and mask in the picture's own frame."""
-    shared = SharedArgs(**{**TINY, "data": str(world)})
-    lens, processor = build_lens(shared, aligned)
+    lens, processor, collate, shared = picture.open_run(aligned)
     item = load_item(read_records(shared.data, ["shapes"], ["val"])[0], 0)
-    answers = picture.one_group(lens.eval(), processor, item, shared)
+    answers = picture.one_group(lens, processor, collate, item, shared)
     assert len(answers) == picture.G
     for text, box, mask, (r_format, r_box, r_mask), _ in answers:
         assert r_format in (0, format_reward(text)) and r_box == pytest.approx(box_iou(box, item["box"]), abs=1e-6)

@@ -1,0 +1,60 @@
+"""The newcomer's path, timed: from a clone to an own picture segmented. By hand, on an otherwise idle machine with two cores:
+
+    python tests/newcomer.py          # ten minutes and 6 GB in a temporary folder; docs/newcomer.json, docs/newcomer.png
+
+Runs the README's two lines in a fresh clone and a fresh environment, then draws a picture of its own and segments it with the
+README's last command. The picture has flat colours, which training has not seen, but its size, ground, shapes and colours:
+the stand-in knows nothing else (on 300 x 220 pixels or a white ground it is lost).
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "the red circle"
+
+
+def own_picture(path):
+    picture = Image.new("RGB", (128, 128), (80, 80, 80))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((14, 18, 54, 58), fill=(220, 40, 40))
+    draw.rectangle((76, 62, 112, 98), fill=(40, 80, 230))
+    draw.polygon([(30, 116), (50, 80), (70, 116)], fill=(40, 180, 60))
+    picture.save(path)
+
+
+def main():
+    readme = (ROOT / "README.md").read_text()
+    setup, job = [re.search(rf"```bash\n({start}.*)\n```", readme)[1] for start in ("python3 -m venv", "python align.py")]
+    own = ["python", "evaluate.py", "--checkpoint", "runs/tiny/rl", "--image", "mine.png", "--text", f"'{TEXT}'", "--output",
+           "overlay.png"]
+    with tempfile.TemporaryDirectory() as clone:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL", "OMP"))}
+        seconds = {}
+        for name, command in (("clone", f"git clone -q {ROOT} ."), ("environment and packages", setup),
+                              ("both stages and evaluation", f". .venv/bin/activate && {job}"),
+                              ("own picture", f". .venv/bin/activate && {' '.join(own)}")):
+            if name == "own picture":
+                own_picture(Path(clone) / "mine.png")
+            start = time.time()
+            done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            seconds[name] = round(time.time() - start)
+            print(name, seconds[name], "s", flush=True)
+        shutil.copy(Path(clone) / "overlay.png", ROOT / "docs/newcomer.png")
+    found = {"seconds": seconds, "text": TEXT, "answer": done.stdout}
+    (ROOT / "docs/newcomer.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(done.stdout)
+
+
+if __name__ == "__main__":
+    main()
