@@ -114,6 +114,7 @@ def test_what_the_text_says_of_results():
     over_b = [gains[0] for name, gains in proved["gains"].items() if name.endswith("align, greedy giou")]
     policy, both, _ = read("tried")["gradient norm of the first four steps"].values()
     kl = [json.loads(line)["kl"] for line in (ROOT / "docs/rl_metrics.jsonl").read_text().splitlines()]
+    path = read("newcomer")["seconds"]
     suite, toy = real["GroundingSuite-Eval"], real["released code, largest differences"]
     for sentence in (
             f"sampled reward (+{min(reward):.2f} to +{max(reward):.2f} over stage 1 and both controls) and the greedy box "
@@ -127,6 +128,8 @@ def test_what_the_text_says_of_results():
             f"settles ({sum(kl[-25:]) / 25:.2f} here)",
             f"boxes' IoU falls ({failed['healthy']['box_iou']:.2f} to {failed['full-picture boxes']['box_iou']:.2f}, by",
             f"grow to {failed['full-picture boxes']['area'] / failed['healthy']['area']:.1f} times their area",
+            f"packages {path['environment and packages']} s, both stages and the evaluation {path['both stages and evaluation']} "
+            f"s in all, a picture of one's own {path['own picture']} s",
             f"all {suite['records']:,} records", f"a mean IoU of {suite['mean IoU of box and mask extent']} with"):
         assert sentence in re.sub(r"\s+", " ", README), sentence
     assert base[0] > max(m["giou"] for name, m in proved["means"].items() if "greedy" in name and "base" not in name)
