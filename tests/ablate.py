@@ -10,8 +10,9 @@
 Every row is the tiny preset and the flags that stand beside it below; its stage 2 starts from the stage 1 of its own
 seed, which rows share. A run is a folder under runs/ablate, named after its flags: finished it is taken as it is,
 interrupted it is resumed, a failed one is named (runs/ablate/log.txt says why) and tried again by the next command.
-A finished row is a line of docs/ablations.jsonl and is not made again: commands, steps, seconds of training, the metrics
-of 1,000 rows of val, greedy and sampled, and the mean of each metric of training over the last 25 steps.
+A finished row is a line of docs/ablations.jsonl and is not made again: commands, steps, seconds of training (the machine
+may have done other work beside it, or paused it), the metrics of 1,000 rows of val, greedy and sampled, and the mean of each
+metric of training over the last 25 steps.
 
 What to know before reading the tables:
 - Evaluation is always behind the model's own answer. Table 3 of the paper probably was not (the released code puts the
@@ -73,6 +74,8 @@ REWARDS = [Row("default", rl=HALF),
            Row("no context module: R_box + R_format alone, predicted box into SAM", None,
                f"--lambda-mask 0 --alpha 0 {HALF}", "--prompt-with box"),
            Row("no alignment", None, HALF),
+           Row("context module at the MLLM's rate", rl=f"--lr-context 0 {HALF}"),
+           Row("context module at the MLLM's rate, no alignment", None, f"--lr-context 0 {HALF}"),
            Row("no R_format", rl=f"--lambda-format 0 {HALF}"),
            Row("no R_box", rl=f"--lambda-box 0 {HALF}"),
            Row("no R_seg", rl=f"--lambda-mask 0 {HALF}"),
