@@ -137,6 +137,35 @@ def test_what_the_text_says_of_results():
     assert wrong["own box"][1] - min(wrong[name][1] for name in misguided.CORRUPTIONS) < 0.02
 
 
+def test_what_the_text_says_of_ablations():
+    def mean(table, row, key="ciou", mode="greedy"):
+        found = [line[mode][key] for line in ablate.finished() if (line["table"], line["row"]) == (table, row)]
+        return f"{100 * sum(found) / len(found):.1f}"
+    lisa = [100 * line["greedy"]["ciou"] for line in ablate.finished() if line["row"] == "LISA-like baseline"]
+    bare, whole = "context, no alignment, R_box + R_format", "context, alignment, R_box + R_format"
+    clipped = [line["tail"]["clip_fraction"] for line in ablate.finished() if line["row"] == "4 updates per batch"]
+    for sentence in (
+            f"({mean('table3', 'M = 1, own answer')} against {mean('table3', 'M = 4, own answer')} with four)",
+            f"{mean('table3', 'M = 8, true box')} against {mean('table3', 'M = 8, own answer')} at M = 8",
+            f"MLP, {mean('table4', 'ViT, own answer')} against {mean('table4', 'MLP, own answer')}",
+            f"around ({mean('table4', 'ViT, own answer, one prompt token')} against "
+            f"{mean('table4', 'MLP, own answer, one prompt token')})",
+            f"baseline {mean('table5', 'LISA-like baseline')} ({min(lisa):.0f} to {max(lisa):.0f} from seed to seed), no alignment "
+            f"{mean('table5', bare)}, alignment {mean('table5', whole)}, with R_seg {mean('table5', whole + ' + R_seg')}",
+            f"brings the baseline to {mean('table5', 'LISA-like, twice the steps')}",
+            f"half of the steps the gap is {mean('rewards', 'no alignment')} to {mean('rewards', 'default')}",
+            f"{mean('rewards', 'context module at the MLLM' + chr(39) + 's rate, no alignment')} to "
+            f"{mean('rewards', 'context module at the MLLM' + chr(39) + 's rate')} where",
+            f"in {mean('rewards', 'no R_format', 'format', 'sampled')} % instead of {mean('rewards', 'default', 'format', 'sampled')} %",
+            f"box IoU is {mean('rewards', 'no R_box', 'box_iou')} instead of {mean('rewards', 'default', 'box_iou')}, below the "
+            f"{mean('table5', 'stage 1 alone', 'box_iou')} before stage 2",
+            f"to {mean('rewards', 'alpha = 0')} without the segmentation loss",
+            "box IoU " + ", ".join(mean("group", f"G = {G}", "box_iou") for G in (2, 4, 8, 16)) + " and format, sampled, " +
+            ", ".join(mean("group", f"G = {G}", "format", "sampled") for G in (2, 4, 8, 16)),
+            f"{mean('method', '4 updates per batch')} against {mean('rewards', 'default')}", f"{100 * clipped[0]:.1f} % of the tokens"):
+        assert sentence in re.sub(r"\s+", " ", README), sentence
+
+
 def test_plan_numbers(monkeypatch, capsys):
     """The table's last column is what --plan computes where attention is not fused, the larger of its two sums."""
     table = re.findall(r"^\| .* \| `(--gpus .*)` \| ([\d.]+) \|$", README, re.M)
