@@ -155,11 +155,11 @@ def test_what_the_text_says_of_ablations():
             f"brings the baseline to {mean('table5', 'LISA-like, twice the steps')}",
             f"half of the steps the gap is {mean('rewards', 'no alignment')} to {mean('rewards', 'default')}",
             f"{mean('rewards', 'context module at the MLLM' + chr(39) + 's rate, no alignment')} to "
-            f"{mean('rewards', 'context module at the MLLM' + chr(39) + 's rate')} where",
+            f"{mean('rewards', 'context module at the MLLM' + chr(39) + 's rate')} (one seed",
             f"in {mean('rewards', 'no R_format', 'format', 'sampled')} % instead of {mean('rewards', 'default', 'format', 'sampled')} %",
             f"box IoU is {mean('rewards', 'no R_box', 'box_iou')} instead of {mean('rewards', 'default', 'box_iou')}, below the "
             f"{mean('table5', 'stage 1 alone', 'box_iou')} before stage 2",
-            f"to {mean('rewards', 'alpha = 0')} without the segmentation loss",
+            f"about a point, {mean('rewards', 'alpha = 0')} against {mean('rewards', 'default')}",
             "box IoU " + ", ".join(mean("group", f"G = {G}", "box_iou") for G in (2, 4, 8, 16)) + " and format, sampled, " +
             ", ".join(mean("group", f"G = {G}", "format", "sampled") for G in (2, 4, 8, 16)),
             f"{mean('method', '4 updates per batch')} against {mean('rewards', 'default')}", f"{100 * clipped[0]:.1f} % of the tokens"):
