@@ -1,47 +1,117 @@
-"""Stage 1, pretraining alignment (Eq. 5): the context queries and the connector learn to prompt SAM 2.
+"""Stage 1, pretraining alignment (Eq. 5): the context queries and the connector learn to prompt SAM
+2.
 
+    python tests/tiny/world.py runs/shapes                         # the laptop's pictures, once
     python align.py --preset tiny                                  # a laptop, about two minutes
     torchrun --nproc_per_node=16 align.py --output runs/align      # the paper's settings (Table A1)
     torchrun --nproc_per_node=16 align.py --output runs/align --resume
 
-    L_align = L_seg(P_seg, M_gt)                                                                            (5)
+    L_align = L_seg(P_seg, M_gt)                                                              (5)
 
-The MLLM and SAM are frozen; only Q and the connector train. What the queries read is a finished response, and RefCOCO
-holds none, so there are two ways to get one (`--context`):
+The MLLM and SAM are frozen; only Q and the connector train. What the queries read is a finished
+response, and RefCOCO holds none, so there are two ways to get one (`--context`):
 
-    own    the frozen MLLM's own greedy answer, as at inference (Eq. 2). It never changes, so it is made once, kept in
-           OUTPUT/answers.jsonl and shared by all processes.
+    own    the frozen MLLM's own greedy answer, as at inference (Eq. 2). It never changes, so it is
+           made once, kept in OUTPUT/answers.jsonl and shared by all processes.
     true   an answer block with the true box, without reasoning, as the released code forces it.
 
-The parts of a training loop that both stages need (loss, schedule, metrics) stand here; train_rl.py imports them.
+What any training run needs stands here too, and train_rl.py imports it: settings, processes, FSDP2,
+checkpoints, schedule, metrics, the segmentation loss.
 """
+import argparse
 import json
 import math
+import os
+import shutil
 import signal
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
-from data import (Collator, LensError, TrainingStream, answer_text, extra, read_records, rescale_box, select, to_device,
-                  training_batches, write_whole)
-from model import (TINY, SharedArgs, build_lens, context_positions, export, flag, generate, load_checkpoint,
-                   parse_settings, prompt_positions, read_answers, run, save_checkpoint, set_trainable, shard,
-                   start_processes)
+from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box,
+                  select, to_device, training_batches, write_whole)
+from model import (INHERITED, Lens, build_lens, context_module, context_positions, generate,
+                   prompt_positions, read_answers, read_run)
 from rewards import mask_iou
+
+# --- Settings: what every script shares, what both stages ask, stage 1's own ----------------------
+
+def flag(default, help):
+    """A dataclass field with the text that --help shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SharedArgs:
+    """What every script asks; a finished run keeps it as lens.json."""
+    preset: Literal["", "tiny", "2b", "3b"] = flag("", "defaults for a whole set-up")
+    profile: Literal["paper", "released"] = flag(
+        "paper", "whose choices are the defaults where the paper and the released code differ")
+    mllm: str = flag("Qwen/Qwen2.5-VL-3B-Instruct",
+                     "Hugging Face id or folder of the multimodal LLM")
+    sam: str = flag("weights/sam2_hiera_large.pt",
+                    "SAM 2 or 2.1: a checkpoint under its official name, a hub id "
+                    "(facebook/sam2.1-hiera-large) or a folder (config.yaml, model.pt)")
+    num_queries: int = flag(64, "M, context queries (Table 3)")
+    connector: Literal["vit", "mlp"] = flag("vit", "connector between MLLM and SAM (Table 4)")
+    connector_heads: int = flag(16, "attention heads of the ViT connector; divides the MLLM's "
+                                "hidden size")
+    prompt_tokens: Literal["all", "one"] = flag(
+        "all", "tokens SAM is prompted with: all M, or one squeezed from them (released code)")
+    prompt: Literal["paper", "released", "released-cot"] = flag(
+        "paper", "Fig. 4's prompt, or the released code's without and with reasoning")
+    positions: Literal["mrope", "1d"] = flag("mrope",
+                                             "positions in the context pass; 1d: released code")
+    multimask: bool = flag(False, "outside stage 2, let SAM fall back on its multi-mask "
+                           "tokens where one mask is unstable (released code)")
+    data: str = flag("datasets", "folder that holds the datasets, laid out as data.py says")
+    datasets: list[str] = flag(["refcoco", "refcoco+", "refcocog"],
+                               "datasets to read below it, mixed in training")
+    max_pixels: int = flag(0, "cap on the pixels of the MLLM's picture; 0 keeps the "
+                           "processor's own")
+    max_prompt: int = flag(2048, "longest prompt, in tokens; a longer one is an error, never cut")
+    max_completion: int = flag(768, "longest completion, in tokens")
+    precision: Literal["bf16", "fp32"] = flag(
+        "bf16", "compute precision of the MLLM and connector; masters are fp32")
+    limit: int = flag(0, "use only so many training objects, or evaluation rows; 0 uses all")
+    seed: int = flag(42, "the only source of randomness: data order, initial queries, samples")
+    workers: int = flag(4, "processes that load pictures")
+
+    def __post_init__(self):
+        for name in ("num_queries", "connector_heads", "max_prompt", "max_completion"):
+            if getattr(self, name) < 1:
+                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not "
+                                f"{getattr(self, name)}")
+        if min(self.workers, self.max_pixels, self.limit) < 0:
+            raise LensError("--workers, --max-pixels and --limit must not be negative")
 
 
 @dataclass
 class TrainArgs:
     """What both stages ask."""
     output: str = flag("runs/out", "folder for metrics.jsonl, checkpoints and the finished model")
-    resume: bool = flag(False, "go on from OUTPUT's last checkpoint")
-    export: bool = flag(False, "with --resume: write OUTPUT's last checkpoint as a finished model and stop")
+    resume: bool = flag(False, "go on from OUTPUT's last checkpoint, with the settings of "
+                        "that run; flags override them")
+    export: bool = flag(False, "with --resume: write OUTPUT's last checkpoint as a finished "
+                        "model and stop")
     init: str = flag("", "a finished run to start from")
     batch: int = flag(128, "prompts per step, over all processes")
     micro_batch: int = flag(1, "prompts per forward and backward pass of one process")
@@ -56,19 +126,25 @@ class TrainArgs:
     log_every: int = flag(10, "steps between printed lines")
     save_every: int = flag(100, "steps between checkpoints")
     keep: int = flag(2, "checkpoints to keep; older ones are removed")
-    shard: Literal["full", "hybrid"] = flag("full", "hybrid: shard within a node, copies between nodes")
-    reshard: bool = flag(True, "free a layer's gathered weights after its forward; off is faster and takes more memory")
+    shard: Literal["full", "hybrid"] = flag("full",
+                                            "hybrid: shard within a node, copies between nodes")
+    reshard: bool = flag(True, "free a layer's gathered weights after its forward; off is "
+                         "faster and takes more memory")
     offload: bool = flag(False, "keep shards, gradients and optimizer in CPU memory (CUDA only)")
-    log_to: Literal["", "wandb", "tensorboard"] = flag("", "also send metrics there, if that package is installed")
+    log_to: Literal["", "wandb", "tensorboard"] = flag(
+        "", "also send metrics there, if that package is installed")
 
     def __post_init__(self):
         for name in ("batch", "micro_batch", "epochs", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not "
+                                f"{getattr(self, name)}")
         if not self.lr > 0 or not 0 < self.adam_beta2 < 1 or not self.max_grad_norm > 0:
-            raise LensError("--lr and --max-grad-norm must be positive, --adam-beta2 between 0 and 1")
+            raise LensError("--lr and --max-grad-norm must be positive, --adam-beta2 between "
+                            "0 and 1")
         if self.export and not self.resume:
-            raise LensError("--export goes with --resume: it writes OUTPUT's last checkpoint as a finished model")
+            raise LensError("--export goes with --resume: it writes OUTPUT's last checkpoint "
+                            "as a finished model")
         if min(self.steps, self.warmup, self.weight_decay) < 0:
             raise LensError("--steps, --warmup and --weight-decay must not be negative")
 
@@ -76,72 +152,286 @@ class TrainArgs:
 @dataclass
 class AlignArgs(TrainArgs):
     output: str = flag("runs/align", "folder for metrics.jsonl, checkpoints and the finished model")
-    context: Literal["own", "true"] = flag("own", "the response the queries read: the MLLM's own, or the true box")
+    context: Literal["own", "true"] = flag(
+        "own", "the response the queries read: the MLLM's own, or the true box")
 
 
-PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125, lr=2e-3, warmup=10,
-                        save_every=50)}
+MODELS = {"": {}, "2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"},
+          "3b": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"}}
+TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", num_queries=8, connector_heads=4,
+            data="runs/shapes", datasets=["shapes"], max_completion=64, precision="fp32", workers=0)
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125,
+                        lr=2e-3, warmup=10, save_every=50)}
+PROFILES = {"paper": {}, "released": dict(
+    prompt="released", positions="1d", multimask=True, prompt_tokens="one", max_pixels=1_000_000,
+    context="true", iou_power=2.0, deviation="sample", lambda_format=0.0)}
 
 
-# --- Pieces that both stages use ------------------------------------------------------------------
+def parse_settings(classes, presets, description):
+    """Command line -> one instance per dataclass. A flag wins over what the run to go on with, to
+    evaluate or to start from remembers; that over --profile, this over --preset, this over the
+    class's default. An unknown flag or a value out of range ends with one line."""
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    # the flags that change the defaults are looked at first
+    deciding = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "profile", "checkpoint", "init", "output"):
+        deciding.add_argument(f"--{name}")
+    deciding.add_argument("--resume", nargs="?", const="true")
+    early, _ = deciding.parse_known_args()
+    parser.set_defaults(**{**MODELS, **presets}.get(early.preset or "", {}))
+    parser.set_defaults(**PROFILES.get(early.profile or "paper", {}))
 
-def segmentation_loss(logits, truth, focal=False, weights=None):
-    """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's; the paper names dice and
-    focal as examples). logits (N, h, w) at the decoder's resolution S/4; truth (N, h, w) in [0, 1], area-averaged to it;
-    weights (N, h, w) in [0, 1], the share of each cell that is not ignored. -> (N,), 0 where all is ignored"""
-    p, weights = logits.sigmoid(), torch.ones_like(truth) if weights is None else weights
-    dice = 1 - (2 * (weights * p * truth).sum((1, 2)) + 1) / ((weights * (p + truth)).sum((1, 2)) + 1)
-    pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    if focal:                                                        # Lin et al. 2017, gamma 2, alpha 0.25
-        pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
-    return dice + (weights * pixel).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)
+    def chosen(name):
+        return getattr(early, name) or parser.get_default(name)
+    try:
+        if chosen("checkpoint"):
+            parser.set_defaults(**without(read_run(chosen("checkpoint")), "limit"))
+        elif early.resume:
+            path = Path(chosen("output")) / "settings.json"
+            remembered = json.loads(path.read_text()) if path.exists() else {}
+            parser.set_defaults(**without(remembered, "resume", "export"))
+        elif chosen("init") and (Path(chosen("init")) / "lens.json").exists():
+            saved = read_run(chosen("init"))
+            parser.set_defaults(**{name: saved[name] for name in INHERITED})
+        values = vars(parser.parse_args())
+        return [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in classes]
+    except LensError as error:
+        parser.error(str(error))
+
+
+def without(settings, *names):
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def run(main):
+    """A script's entry: an error meant for the user is one line, not a traceback. (What a loader's
+    process raised arrives as the text of its traceback, which ends with the error's name and
+    message.)"""
+    try:
+        main()
+    except LensError as error:
+        message = str(error).rpartition("LensError: ")[2].strip()
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another is still in a collective
+        dist.destroy_process_group()
+
+
+# --- Processes and FSDP2 --------------------------------------------------------------------------
+
+def start_processes(kind="full"):
+    """-> rank, world size, device, mesh. Under torchrun N processes; without it one, through the
+    same code. The mesh of kind "hybrid" is (nodes, processes of a node): shards within a node,
+    copies between nodes."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if kind == "full":
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shards",))
+    else:
+        mesh = init_device_mesh(device.type, (world // of_node, of_node),
+                                mesh_dim_names=("copies", "shards"))
+    return dist.get_rank(), world, device, mesh
+
+
+# Parts of SAM's head that one mask from given prompt embeddings never runs a gradient through
+NEVER_TRAINED = ("point_embed", "not_a_point", "mask_downscaling", "iou_prediction_head",
+                 "pred_obj_score_head", "hypernetworks_mlps.1", "hypernetworks_mlps.2",
+                 "hypernetworks_mlps.3")
+
+
+def set_trainable(lens, stage):
+    """Stage 1 ("align") trains the context queries and the connector; stage 2 ("rl") everything but
+    SAM's image encoder (Fig. 2). -> the frozen parameters, which `shard` keeps whole on every
+    rank."""
+    lens.requires_grad_(stage == "rl")
+    lens.image_encoder.requires_grad_(False)
+    context_module(lens).requires_grad_(True)
+    for name, parameter in lens.sam.named_parameters():
+        if any(part in name for part in NEVER_TRAINED):
+            parameter.requires_grad_(False)
+    return [p for p in lens.parameters() if not p.requires_grad]
+
+
+def shard(module, mesh, precision, replicated=(), reshard=True, offload=False):
+    """FSDP2: each transformer block a unit, SAM's head a unit in fp32, the rest in the root. fp32
+    masters, compute in `precision`, gradients reduced in fp32.
+
+    module: a Lens or a Reference, on the CPU: it is moved unit by unit, so that no GPU ever holds
+    the whole of it. `replicated` parameters (the frozen ones) stay whole on every rank; `reshard`
+    frees a unit's gathered weights between its forward and its backward; `offload` keeps shards in
+    CPU memory. """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    replicated = set(replicated)
+    options = {"mesh": mesh, "ignored_params": replicated, "reshard_after_forward": reshard,
+               "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+
+    def trains(unit):
+        return not set(unit.parameters()) <= replicated
+    units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
+    if isinstance(module, Lens):
+        units += [*module.connector.blocks]
+        if trains(module.sam):
+            in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32)
+            fully_shard(module.sam, mp_policy=in_fp32, **options)
+    for unit in units:
+        if trains(unit):
+            fully_shard(unit, mp_policy=policy, **options)
+    for parameter in replicated:                     # FSDP moves all else, buffers too
+        parameter.data = parameter.data.to(mesh.device_type)
+    fully_shard(module, mp_policy=policy, **options)
+    if isinstance(module, Lens):                     # gather and reduce around stage 1's pass too
+        register_fsdp_forward_method(module, "align_forward")
+    return module
+
+
+# --- Checkpoints for resuming, folders for use ----------------------------------------------------
+
+# not strict: the frozen parameters are not saved
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save_checkpoint(folder, step, lens, optimizer, keep=2):
+    """For resuming: FOLDER/checkpoints/step_N holds what is trained, the optimizer and the step.
+    All else (data order, samples, learning rate) is a function of the seed and the step. Written
+    under another name and renamed; then all but the last `keep` go."""
+    target = Path(folder) / "checkpoints" / f"step_{step:06d}"
+    building = target.with_name(f"building_{step:06d}")
+    if dist.get_rank() == 0:
+        for leftover in target.parent.glob("building_*"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    weights, state = get_state_dict(lens, optimizer, options=TRAINED)
+    saved = {"weights": weights, "optimizer": state, "step": torch.tensor(step)}
+    dcp.save(saved, checkpoint_id=str(building))
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        building.rename(target)
+        for old in sorted(target.parent.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(folder, lens, optimizer):
+    """Restore the latest complete checkpoint, on any number of processes. -> its step."""
+    last = sorted((Path(folder) / "checkpoints").glob("step_*"))[-1]
+    weights, state = get_state_dict(lens, optimizer, options=TRAINED)
+    saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
+    rates = [group["peak_lr"] for group in optimizer.param_groups]
+    try:
+        dcp.load(saved, checkpoint_id=str(last))
+    except (Exception, CheckpointException) as error:                # the latter is no Exception
+        reason = str(error).strip().splitlines()[-1]
+        raise LensError(f"{last} does not fit this model: it was written with other settings, "
+                        "or is damaged. Use another --output, or the settings of that run "
+                        f"({reason})") from None
+    set_state_dict(lens, optimizer, model_state_dict=saved["weights"],
+                   optim_state_dict=saved["optimizer"], options=TRAINED)
+    for group, rate in zip(optimizer.param_groups, rates):  # the flags' rates, not the saved ones
+        group["peak_lr"] = rate
+    return int(saved["step"])
+
+
+def full_state(module):
+    """A sharded module's state dict with whole tensors on the CPU. A collective."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        state[name] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def export(folder, lens, shared, mllm=None, processor=None):
+    """Write a folder for use: context.safetensors, sam.safetensors, lens.json and, where it was
+    trained, mllm/ as save_pretrained writes it (transformers and vLLM load it unchanged); `mllm` is
+    the unsharded copy. Written beside and moved in, lens.json last: what has a lens.json is whole.
+    Every rank calls this; rank 0 writes."""
+    context, sam = full_state(context_module(lens)), full_state(lens.sam)
+    if dist.get_rank() == 0:
+        folder = Path(folder)
+        building = folder / "export.tmp"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_file(context, building / "context.safetensors")
+        save_file(sam, building / "sam.safetensors")
+        if mllm is not None:
+            mllm.save_pretrained(building / "mllm")
+            processor.save_pretrained(building / "mllm")
+        (folder / "lens.json").unlink(missing_ok=True)
+        for path in sorted(building.iterdir()):
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.replace(folder / path.name)
+        write_whole(folder / "lens.json", json.dumps(asdict(shared), indent=2))
+        building.rmdir()
+    dist.barrier()
+
+
+# --- A run: its folder, its length, its schedule, its metrics -------------------------------------
+
+def open_output(args, settings, rank):
+    """-> the run's folder, with settings.json in it. An earlier run there is never overwritten
+    silently."""
+    folder = Path(args.output)
+    found = list((folder / "checkpoints").glob("step_*"))
+    if (folder / "metrics.jsonl").exists() and not args.resume:
+        raise LensError(f"{folder} holds a run already. Go on with it (--resume), name another "
+                        "--output, or remove it.")
+    if args.resume and not found:
+        raise LensError(f"--resume: there is no checkpoint in {folder / 'checkpoints'}. Name "
+                        "the --output of a run that saved one, or start it anew without "
+                        "--resume in an empty folder.")
+    dist.barrier()                                   # nobody writes before all have looked
+    if rank == 0 and not args.export:
+        together = {name: value for part in settings for name, value in asdict(part).items()}
+        write_whole(folder / "settings.json", json.dumps(together, indent=2))
+    return folder
+
+
+def plan_steps(args, world, objects):
+    """-> steps of the whole run. A batch must split evenly over processes, and a share over
+    passes."""
+    unit = world * args.micro_batch
+    if args.batch % unit:
+        below = args.batch // unit * unit
+        fits = [b for b in (below, below + unit, below + 2 * unit) if b > 0]
+        raise LensError(f"--batch {args.batch} does not split over {world} processes in passes of "
+                        f"--micro-batch {args.micro_batch}. With these, --batch can be "
+                        f"{', '.join(map(str, fits))} or another multiple of {unit}.")
+    return args.steps or max(1, args.epochs * objects // args.batch)
 
 
 def learning_rate(step, total, warmup, shape):
-    """Factor of the peak rate at `step`: linear warm-up, then `cosine` (stage 1) or `linear` (stage 2) to zero."""
+    """Factor of the peak rate at `step`: linear warm-up, then `cosine` (stage 1) or `linear` (stage
+    2) to zero."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1 - done
 
 
-def plan_steps(args, world, objects):
-    """-> steps of the whole run. A batch must split evenly over processes, and a share over passes."""
-    if args.batch % world or args.batch // world % args.micro_batch:
-        fits = [b for b in range(world, args.batch + 2 * world * args.micro_batch) if b % (world * args.micro_batch) == 0]
-        raise LensError(f"--batch {args.batch} does not split over {world} processes in passes of --micro-batch "
-                        f"{args.micro_batch}. With these, --batch can be {', '.join(map(str, fits[-3:]))} or another "
-                        f"multiple of {world * args.micro_batch}.")
-    return args.steps or max(1, args.epochs * objects // args.batch)
-
-
-def open_output(args, settings, rank):
-    """The run's folder with settings.json. An earlier run there is never overwritten silently."""
-    folder = Path(args.output)
-    if (folder / "metrics.jsonl").exists() and not args.resume:
-        raise LensError(f"{folder} holds a run already. Go on with it (--resume), name another --output, or remove it.")
-    if args.export and not list((folder / "checkpoints").glob("step_*")):
-        raise LensError(f"--export: there is no checkpoint in {folder / 'checkpoints'}")
-    if rank == 0 and not args.export:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps({k: v for s in settings for k, v in asdict(s).items()}, indent=2))
-    dist.barrier()
-    return folder
-
-
 class Metrics:
-    """metrics.jsonl, one object per step, and a progress bar; only rank 0 writes. A resumed run first cuts the lines
-    after the restored step, so that the file reads as if nothing had happened."""
+    """metrics.jsonl, one object per step, and a progress bar; only rank 0 writes. A resumed run
+    first cuts the lines after the restored step, so that the file reads as if nothing had
+    happened."""
 
     def __init__(self, folder, start, total, rank, log_to=""):
-        self.path, self.rank, self.send = folder / "metrics.jsonl", rank, None
+        self.path, self.rank = folder / "metrics.jsonl", rank
         if rank:
             return
         lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
         write_whole(self.path, "".join(line + "\n" for line in lines))
         self.bar = tqdm(total=total, initial=start, desc=folder.name, dynamic_ncols=True)
-        if log_to:
-            self.send = extra("trackers").sender(log_to, folder)
+        self.tracker = open_tracker(log_to, folder)
 
     def write(self, row, show):
         """show: names of the numbers beside the progress bar."""
@@ -151,16 +441,38 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
         self.bar.set_postfix({name: f"{row[name]:.3f}" for name in show}, refresh=False)
         self.bar.update()
-        if self.send:
-            self.send(row)
+        if self.tracker:
+            self.tracker(row)
 
     def say(self, text):
         if not self.rank:
             tqdm.write(text)
 
 
+def open_tracker(name, folder):
+    """--log-to -> a function that takes one row of metrics, or None."""
+    if not name:
+        return None
+    try:
+        if name == "wandb":
+            import wandb
+            wandb.init(dir=str(folder), name=folder.name)
+            return lambda row: wandb.log(row, step=row["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise LensError(f"--log-to {name}: that package is not installed "
+                        f"(pip install {name})") from None
+    writer = SummaryWriter(folder)
+
+    def write(row):
+        for key, value in row.items():
+            writer.add_scalar(key, value, row["step"])
+    return write
+
+
 def watch_signals():
-    """SIGTERM and SIGUSR1, a scheduler's warnings, end the run after the step with a checkpoint. -> a list, filled then."""
+    """SIGTERM and SIGUSR1, a scheduler's warnings, end the run after the step with a checkpoint. ->
+    a list, filled then."""
     received = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
@@ -168,7 +480,8 @@ def watch_signals():
 
 
 def end_of_step(folder, step, total, lens, optimizer, args, received, metrics):
-    """Save when it is time, or when any process was told to stop. -> whether to stop. A collective."""
+    """Save when it is time, or when any process was told to stop. -> whether to stop. A
+    collective."""
     told = torch.tensor(float(bool(received)))
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     if step % args.save_every == 0 or step == total or told:
@@ -178,17 +491,37 @@ def end_of_step(folder, step, total, lens, optimizer, args, received, metrics):
     return bool(told) and step < total
 
 
-def apply_update(lens, optimizer, factor, args, loss, step):
-    """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before clipping.
+# --- Loss and update ------------------------------------------------------------------------------
 
-    NaN or infinity must not reach the weights: then it stops here, and the last checkpoint stays the last good one."""
+def segmentation_loss(logits, truth, focal=False, weights=None):
+    """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's;
+    the paper names dice and focal as examples). logits (N, h, w) at the decoder's resolution S/4;
+    truth (N, h, w) in [0, 1], area-averaged to it; weights (N, h, w) in [0, 1], the share of each
+    cell that is not ignored. -> (N,), 0 where all is ignored"""
+    weights = torch.ones_like(truth) if weights is None else weights
+    p = logits.sigmoid()
+    overlap = (weights * p * truth).sum((1, 2))
+    dice = 1 - (2 * overlap + 1) / ((weights * (p + truth)).sum((1, 2)) + 1)
+    pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    if focal:                                        # Lin et al. 2017, gamma 2, alpha 0.25
+        pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
+    return dice + (weights * pixel).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)
+
+
+def apply_update(lens, optimizer, factor, args, loss, step):
+    """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before
+    clipping.
+
+    NaN or infinity must not reach the weights: then it stops here, and the last checkpoint stays
+    the last good one."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    norm = torch.nn.utils.clip_grad_norm_([p for p in lens.parameters() if p.requires_grad], args.max_grad_norm)
-    norm = norm.full_tensor().item()
+    trained = [p for p in lens.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).full_tensor().item()
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise LensError(f"step {step + 1}: the loss is {loss}, the gradient norm {norm}; stopped before the update. "
-                        f"{args.output}/checkpoints holds the last good state: start anew with a lower --lr, or --resume.")
+        raise LensError(f"step {step + 1}: the loss is {loss}, the gradient norm {norm}; "
+                        f"stopped before the update. {args.output}/checkpoints holds the last "
+                        "good state: start anew with a lower --lr, or --resume.")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -197,16 +530,19 @@ def apply_update(lens, optimizer, factor, args, loss, step):
 # --- The response that the queries read -----------------------------------------------------------
 
 def true_answers(batch, tokenizer, prompt):
-    """The answer block with the true box, spoken in the MLLM frame, and the end token: list of B (T,)."""
+    """The answer block with the true box, spoken in the MLLM frame, and the end token: list of B
+    (T,)."""
     answers = []
-    for box, mask, frame, text in zip(batch["boxes"], batch["masks"], batch["frames"], batch["texts"]):
-        box = rescale_box(box, mask.shape[::-1], frame)
-        answers.append(torch.tensor(tokenizer(answer_text(box, text, prompt=prompt)).input_ids + [tokenizer.eos_token_id]))
+    for box, mask, frame, text in zip(batch["boxes"], batch["masks"], batch["frames"],
+                                      batch["texts"]):
+        spoken = answer_text(rescale_box(box, mask.shape[::-1], frame), text, prompt=prompt)
+        answers.append(torch.tensor(tokenizer(spoken).input_ids + [tokenizer.eos_token_id]))
     return answers
 
 
 class OwnAnswers:
-    """The frozen MLLM's greedy answers by item key. Every process holds all; rank 0 keeps them on disk."""
+    """The frozen MLLM's greedy answers by item key. Every process holds all; rank 0 keeps them on
+    disk."""
 
     def __init__(self, path, rank):
         self.path, self.rank, self.known = path, rank, {}
@@ -215,15 +551,16 @@ class OwnAnswers:
                 key, ids = json.loads(line)
                 self.known[key] = torch.tensor(ids)
             except ValueError:
-                pass                                                     # a line cut by a kill: made again
+                pass                                             # a line cut by a kill: made again
 
     def __call__(self, lens, batch, positions, max_new):
-        """-> list of B (T,), generating only what is new. A collective: every rank calls it every step."""
+        """-> list of B (T,), generating only what is new. A collective: every rank calls it every
+        step."""
         new = [i for i, key in enumerate(batch["keys"]) if key not in self.known]
         made = {}
         if new:
-            completions, _ = generate(lens.mllm, select(batch, new), [positions[i] for i in new], 1, max_new, lens.eos,
-                                      lens.forbidden)
+            completions, _ = generate(lens.mllm, select(batch, new), [positions[i] for i in new], 1,
+                                      max_new, lens.eos, lens.forbidden)
             made = {batch["keys"][i]: group[0].tolist() for i, group in zip(new, completions)}
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, made)
@@ -238,12 +575,13 @@ class OwnAnswers:
 # --- The stage ------------------------------------------------------------------------------------
 
 def align_step(lens, batch, answers, world, args):
-    """Forward and backward of one pass of B prompts; gradients add up over passes. -> loss sum, mask IoU sum (tensors)."""
+    """Forward and backward of one pass of B prompts; gradients add up over passes. -> loss sum,
+    mask IoU sum (tensors)."""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.positions)
     read = read_answers(lens.mllm, batch, positions, answers)
-    logits = lens(batch, read, lens.encode_pictures(batch["sam_pixels"]), with_log_probs=False)["mask_logits"]
+    logits = lens.align_forward(read, lens.encode_pictures(batch["sam_pixels"]))
     loss = segmentation_loss(logits, batch["low_masks"], args.focal, batch["low_weights"]).sum()
-    (loss * world / args.batch).backward()               # FSDP averages over ranks, so this is the mean over the batch
+    (loss * world / args.batch).backward()  # FSDP averages over ranks: this is the batch's mean
     iou = mask_iou(logits > 0, batch["low_masks"] > 0.5, batch["low_weights"] < 0.5)
     return torch.stack([loss.detach(), iou.sum()])
 
@@ -253,21 +591,24 @@ def main():
     rank, world, device, mesh = start_processes(args.shard)
     records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
-    dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     folder = open_output(args, (shared, args), rank)
-    lens, processor = build_lens(shared, args.init, dtype)        # frozen weights need no fp32 masters
+    # frozen weights need no fp32 masters
+    lens, processor = build_lens(shared, args.init, torch.bfloat16 if shared.precision == "bf16"
+                                 else torch.float32)
     frozen = set_trainable(lens, "align")
-    lens.train().sam.eval()                                       # SAM is frozen here; only --multimask sees the difference
+    lens.train().sam.eval()  # SAM is frozen here; only --multimask sees the difference
     shard(lens, mesh, shared.precision, frozen, args.reshard, args.offload)
-    optimizer = torch.optim.AdamW([{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
-                                  lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
+        lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt, shared.prompt)
-    loader = training_batches(TrainingStream(records, shared.seed), collate, start, total, args.batch, rank, world,
-                              shared.workers)
-    own = OwnAnswers(folder / "answers.jsonl", rank)
     if args.export:
         return export(folder, lens, shared)
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
+                       shared.prompt)
+    loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
+                              args.batch, rank, world, shared.workers)
+    own = OwnAnswers(folder / "answers.jsonl", rank)
     metrics = Metrics(folder, start, total, rank, args.log_to)
     received, began = watch_signals(), time.time()
     for step, batch in enumerate(loader, start):
@@ -276,19 +617,23 @@ def main():
             answers = own(lens, batch, prompt_positions(lens.mllm, batch), shared.max_completion)
         else:
             answers = true_answers(batch, processor.tokenizer, shared.prompt)
-        passes = [range(i, i + args.micro_batch) for i in range(0, len(answers), args.micro_batch)]
-        sums = sum(align_step(lens, select(batch, part), [answers[j] for j in part], world, args) for part in passes)
+        sums = 0
+        for i in range(0, len(answers), args.micro_batch):
+            part = range(i, i + args.micro_batch)
+            sums = sums + align_step(lens, select(batch, part), [answers[j] for j in part], world,
+                                     args)
         dist.all_reduce(sums)
         loss, iou = (sums / args.batch).tolist()
         factor = learning_rate(step, total, args.warmup, "cosine")
         norm = apply_update(lens, optimizer, factor, args, loss, step)
-        row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm, "lr": args.lr * factor,
-               "seconds": round(time.time() - began, 3)}
+        row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm,
+               "lr": args.lr * factor, "seconds": round(time.time() - began, 3)}
         began = time.time()
         metrics.write(row, ("loss", "mask_iou"))
         if step % args.log_every == 0:
+            answer = processor.tokenizer.decode(answers[0], skip_special_tokens=True)
             metrics.say(f"step {step + 1}: loss {loss:.3f}, mask IoU {iou:.3f}\n"
-                        f"  {batch['texts'][0]!r} -> {processor.tokenizer.decode(answers[0], skip_special_tokens=True)!r}")
+                        f"  {batch['texts'][0]!r} -> {answer!r}")
         if end_of_step(folder, step + 1, total, lens, optimizer, args, received, metrics):
             return
     export(folder, lens, shared)

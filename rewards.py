@@ -1,19 +1,22 @@
-"""The unified rewards of LENS: completion text + predicted mask + truth -> one number per sample (Eq. 11).
+"""The unified rewards of LENS: completion text + predicted mask + truth -> one number per sample
+(Eq. 11).
 
-A sample is a completion and the mask that follows from it. Three cues grade it, from coarse to fine: is
-the text laid out as asked (R_format), does the box it names lie on the object (R_box), does the mask (R_seg)?
-grpo.py then compares the sums within a group. Nothing here knows the model, and nothing needs a gradient.
+A sample is a completion and the mask that follows from it. Three cues grade it, from coarse to
+fine: is the text laid out as asked (R_format), does the box it names lie on the object (R_box),
+does the mask (R_seg)? grpo.py then compares the sums within a group. Nothing here knows the model,
+and nothing needs a gradient.
 
-    <think> ... </think> <answer> ```json [{"bbox_2d": [x1, y1, x2, y2], "label": "..."}] ``` </answer>
+    <think> ... </think>
+    <answer> ```json [{"bbox_2d": [x1, y1, x2, y2], "label": "..."}] ``` </answer>
 
-A completion is written by a model that is paid to find loopholes, so whatever reads it is total: any string
-gives a result, in linear time and without an exception.
+A completion is written by a model that is paid to find loopholes, so whatever reads it is total:
+any string gives a result, in linear time and without an exception.
 
-Paper: the tags are those of Fig. 4; its text says <thinking>. R_box does not depend on R_format, so that
-Table 5 can switch them one by one. Two empty masks have IoU 1, as in the metric; the paper is silent.
-Released code: it squares both IoUs (here the caller may, --iou-power 2), scores no format on RefCOCO, takes
-the first box in the whole text, the thinking included (find_box does, for its prompts alone), loses a box to
-a space before a comma, and can divide by zero on an inverted box.
+Paper: the tags are those of Fig. 4; its text says <thinking>. R_box does not depend on R_format, so
+that Table 5 can switch them one by one. Two empty masks have IoU 1, as in the metric; the paper is
+silent. Released code: it squares both IoUs (here the caller may, --iou-power 2), scores no format
+on RefCOCO, takes the first box in the whole text, the thinking included (find_box does, for its
+prompts alone), loses a box to a space before a comma, and can divide by zero on an inverted box.
 """
 import json
 import math
@@ -25,15 +28,16 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
 def parse_box(text):
-    """The box that a completion names: text -> (x1, y1, x2, y2), four finite floats as written, or None.
+    """The box that a completion names: text -> (x1, y1, x2, y2), four finite floats as written, or
+    None.
 
-    Only the answer block is read: the first <answer> ... </answer> after the last </think>, or in the whole
-    text if there is no </think>. An unclosed block is no block. It holds strict JSON, bare or fenced: one
-    object or a list, in which the first object with a "bbox_2d" counts. Is that not a list of four finite
-    numbers, then there is no box, whatever follows. A box may be inverted or lie outside the picture; box_iou
-    deals with that. Raises nothing.
-    """
-    _, _, rest = text.rpartition("</think>")[2].partition("<answer>")  # rest is empty if there is no <answer>
+    Only the answer block is read: the first <answer> ... </answer> after the last </think>, or in
+    the whole text if there is no </think>. An unclosed block is no block. It holds strict JSON,
+    bare or fenced: one object or a list, in which the first object with a "bbox_2d" counts. Is that
+    not a list of four finite numbers, then there is no box, whatever follows. A box may be inverted
+    or lie outside the picture; box_iou deals with that. Raises nothing. """
+    # rest is empty if there is no <answer>
+    _, _, rest = text.rpartition("</think>")[2].partition("<answer>")
     body, closed, _ = rest.partition("</answer>")
     if not closed:
         return None
@@ -42,15 +46,17 @@ def parse_box(text):
     except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return None
     objects = answer if isinstance(answer, list) else [answer]
-    box = next((obj["bbox_2d"] for obj in objects if isinstance(obj, dict) and "bbox_2d" in obj), None)
+    box = next((obj["bbox_2d"] for obj in objects if isinstance(obj, dict) and "bbox_2d" in obj),
+               None)
     if not isinstance(box, list) or len(box) != 4:
         return None
-    # _read_json makes every number a float, so this leaves out true and false, which are ints to Python.
+    # _read_json makes every number a float, so this leaves out true and false, ints to Python.
     return tuple(box) if all(isinstance(v, float) and math.isfinite(v) for v in box) else None
 
 
 def _read_json(text):
-    """Strict JSON, bare or between ``` or ```json and ```. Raises ValueError, RecursionError if too deep."""
+    """Strict JSON, bare or between ``` or ```json and ```. Raises ValueError, RecursionError if too
+    deep."""
     if text.startswith("```") and text.endswith("```"):
         text = text[3:-3].removeprefix("json")
 
@@ -60,7 +66,7 @@ def _read_json(text):
         text,
         parse_int=float,  # an integer of 5,000 digits is then inf, where int() would raise
         parse_constant=refuse,  # NaN, Infinity, -Infinity
-        object_pairs_hook=lambda pairs: dict(reversed(pairs)),  # a key given twice: the first counts
+        object_pairs_hook=lambda pairs: dict(reversed(pairs)),  # of a key given twice the first
     )
 
 
@@ -69,8 +75,9 @@ ANY_BOX = re.compile(rf"[\[(]\s*{NUMBER},\s*{NUMBER}\)?,\s*\(?{NUMBER},\s*{NUMBE
 
 
 def find_box(text, prompt="paper"):
-    """The box of an answer to Fig. 4's prompt is parse_box's. The released prompts (`--prompt`) ask for no answer block:
-    there it is the first one anywhere, "[x1, y1, x2, y2]" or "(x1,y1),(x2,y2)". -> four floats or None."""
+    """The box of an answer to Fig. 4's prompt is parse_box's. The released prompts (`--prompt`) ask
+    for no answer block: there it is the first one anywhere, "[x1, y1, x2, y2]" or
+    "(x1,y1),(x2,y2)". -> four floats or None."""
     if prompt == "paper":
         return parse_box(text)
     found = ANY_BOX.search(text)
@@ -78,14 +85,14 @@ def find_box(text, prompt="paper"):
 
 
 def format_reward(text):
-    """R_format: 1.0 if the text is one think block, then one answer block whose JSON holds a box; else 0.0.
+    """R_format: 1.0 if the text is one think block, then one answer block whose JSON holds a box;
+    else 0.0.
 
-    Each of the four tags occurs exactly once and in order, only white space stands before, between and
-    after the blocks, the thinking is not blank, and parse_box finds a box. Raises nothing.
+    Each of the four tags occurs exactly once and in order, only white space stands before, between
+    and after the blocks, the thinking is not blank, and parse_box finds a box. Raises nothing.
 
-    The text has no end token, so a completion that was cut at the token limit is the caller's to zero:
-    train_rl.py multiplies by whether it finished.
-    """
+    The text has no end token, so a completion that was cut at the token limit is the caller's to
+    zero: train_rl.py multiplies by whether it finished. """
     pieces = re.split("(</?(?:think|answer)>)", text)  # text, tag, text, tag, ..., text
     if pieces[1::2] != TAGS:
         return 0.0
@@ -96,54 +103,61 @@ def format_reward(text):
 
 
 def box_iou(box, truth):
-    """R_box: IoU of two boxes (x1, y1, x2, y2), both in one and the same frame, as a float in [0, 1].
+    """R_box: IoU of two boxes (x1, y1, x2, y2), both in one and the same frame, as a float in [0,
+    1].
 
-    0 if either is None, inverted, empty or not finite. Raises nothing, whatever the eight floats: taken at
-    face value, [300, 150, 100, 350] has the area -40000, and its union with [100, 150, 300, 350] would be 0.
-    """
+    0 if either is None, inverted, empty or not finite. Raises nothing, whatever the eight floats:
+    taken at face value, [300, 150, 100, 350] has the area -40000, and its union with [100, 150,
+    300, 350] would be 0. """
     if box is None or truth is None or not all(math.isfinite(v) for v in (*box, *truth)):
         return 0.0
-    # An IoU does not change with scale, and between halves of finite numbers no difference overflows.
+    # An IoU does not change with scale, and halves of finite numbers have no difference that
+    # overflows.
     ax1, ay1, ax2, ay2 = (float(v) / 2 for v in box)
     bx1, by1, bx2, by2 = (float(v) / 2 for v in truth)
     width, height = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
     if width <= 0 or height <= 0:  # apart or touching, or one of them is empty or inverted
         return 0.0
-    # I / (A + B - I), written 1 / (A/I + B/I - 1): no ratio is below 1, and one that overflows gives 0.
+    # I / (A + B - I), written 1 / (A/I + B/I - 1): no ratio is below 1; one that overflows gives 0.
     a = (ax2 - ax1) / width * ((ay2 - ay1) / height)
     b = (bx2 - bx1) / width * ((by2 - by1) / height)
     return 1.0 / (a + b - 1.0)
 
 
 def mask_counts(mask, truth, ignore=None):
-    """Pixels in the intersection and in the union of two masks; pixels to ignore are left out of both.
+    """Pixels in the intersection and in the union of two masks; pixels to ignore are left out of
+    both.
 
-    Boolean tensors or NumPy arrays (..., H, W), the leading dimensions broadcast -> two integer tensors
-    (...), on the device of the masks and without waiting for it. Summed over a data set, their quotient
-    is cIoU. Raises TypeError for masks that are not boolean (threshold logits first) and ValueError if
-    H x W differ.
-    """
+    Boolean tensors or NumPy arrays (..., H, W), the leading dimensions broadcast -> two integer
+    tensors (...), on the device of the masks and without waiting for it. Summed over a data set,
+    their quotient is cIoU. Raises TypeError for masks that are not boolean (threshold logits first)
+    and ValueError if H x W differ. """
     mask, truth = torch.as_tensor(mask), torch.as_tensor(truth)
     ignore = torch.zeros_like(truth) if ignore is None else torch.as_tensor(ignore)
     if not mask.dtype == truth.dtype == ignore.dtype == torch.bool:
-        raise TypeError(f"masks must be boolean, not {mask.dtype}, {truth.dtype}, ignore {ignore.dtype}")
-    if not mask.shape[-2:] == truth.shape[-2:] == ignore.shape[-2:]:  # or a stray (1, 1) would broadcast
-        raise ValueError(f"H x W of masks differ: {[tuple(m.shape[-2:]) for m in (mask, truth, ignore)]}")
+        raise TypeError(f"masks must be boolean, not {mask.dtype}, {truth.dtype}, ignore "
+                        f"{ignore.dtype}")
+    # compared, or a stray (1, 1) would broadcast
+    if not mask.shape[-2:] == truth.shape[-2:] == ignore.shape[-2:]:
+        raise ValueError("H x W of masks differ: "
+                         f"{[tuple(m.shape[-2:]) for m in (mask, truth, ignore)]}")
     intersection = (mask & truth & ~ignore).sum((-2, -1))  # (...)
     union = ((mask | truth) & ~ignore).sum((-2, -1))  # (...)
     return intersection, union
 
 
 def mask_iou(mask, truth, ignore=None):
-    """R_seg: IoU of two masks in [0, 1]; 1 when both are empty. Inputs and errors as in mask_counts.
+    """R_seg: IoU of two masks in [0, 1]; 1 when both are empty. Inputs and errors as in
+    mask_counts.
 
-    (H, W) -> a float; (..., H, W) -> a float32 tensor (...), for instance (G, H, W) against (H, W) -> (G,).
-    """
+    (H, W) -> a float; (..., H, W) -> a float32 tensor (...), for instance (G, H, W) against (H, W)
+    -> (G,). """
     intersection, union = mask_counts(mask, truth, ignore)
     iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
     return iou.item() if iou.dim() == 0 else iou
 
 
 def unified_reward(r_format, r_box, r_seg, lambdas=(1.0, 1.0, 1.0)):
-    """Eq. 11: R_unified = lambda_1 R_format + lambda_2 R_box + lambda_3 R_seg. Floats or tensors."""
+    """Eq. 11: R_unified = lambda_1 R_format + lambda_2 R_box + lambda_3 R_seg. Floats or
+    tensors."""
     return lambdas[0] * r_format + lambdas[1] * r_box + lambdas[2] * r_seg
