@@ -12,7 +12,7 @@ The MLLM and SAM are frozen; only Q and the connector train. What the queries re
 response, and RefCOCO holds none, so there are two ways to get one (`--context`):
 
     own    the frozen MLLM's own greedy answer, as at inference (Eq. 2). It never changes, so it is
-           made once, kept in OUTPUT/answers.jsonl and shared by all processes.
+           made once, before the first step, and kept in OUTPUT/answers.*.jsonl.
     true   an answer block with the true box, without reasoning, as the released code forces it.
 
 What any training run needs stands here too, and train_rl.py imports it: settings, processes, FSDP2,
@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -44,9 +45,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import (Collator, LensError, TrainingStream, answer_text, read_records, rescale_box,
-                  select, to_device, training_batches, write_whole)
-from model import (INHERITED, Lens, build_lens, context_module, context_positions, generate,
+from data import (Collator, LensError, TrainingStream, answer_text, load_batches, read_records,
+                  rescale_box, select, to_device, training_batches, write_whole)
+from model import (INHERITED, FixedCache, Lens, build_lens, context_module, context_positions,
+                   generate,
                    prompt_positions, read_answers, read_run)
 from rewards import mask_iou
 
@@ -85,12 +87,16 @@ class SharedArgs:
     data: str = flag("datasets", "folder that holds the datasets, laid out as data.py says")
     datasets: list[str] = flag(["refcoco", "refcoco+", "refcocog"],
                                "datasets to read below it, mixed in training")
-    max_pixels: int = flag(0, "cap on the pixels of the MLLM's picture; 0 keeps the "
-                           "processor's own")
+    max_pixels: int = flag(1_000_000, "cap on the pixels of the MLLM's picture (released code's); "
+                                      "0 keeps the processor's own")
     max_prompt: int = flag(2048, "longest prompt, in tokens; a longer one is an error, never cut")
     max_completion: int = flag(768, "longest completion, in tokens")
     precision: Literal["bf16", "fp32"] = flag(
-        "bf16", "compute precision of the MLLM and connector; masters are fp32")
+        "bf16", "compute precision of MLLM, connector and SAM's image encoder; masters are fp32")
+    device: Literal["auto", "cuda", "cpu"] = flag("auto",
+                                                  "auto takes the GPUs, where there are any")
+    compile: Literal["auto", "on", "off"] = flag(
+        "auto", "compile the decoding step; auto: on GPUs")
     limit: int = flag(0, "use only so many training objects, or evaluation rows; 0 uses all")
     seed: int = flag(42, "the only source of randomness: data order, initial queries, samples")
     workers: int = flag(4, "processes that load pictures")
@@ -131,6 +137,9 @@ class TrainArgs:
     reshard: bool = flag(True, "free a layer's gathered weights after its forward; off is "
                          "faster and takes more memory")
     offload: bool = flag(False, "keep shards, gradients and optimizer in CPU memory (CUDA only)")
+    reduce_once: bool = flag(False,
+                             "reduce gradients once a step, not once a pass: less traffic, but "
+                                    "4 bytes per parameter more on every GPU (see tests/plan.py)")
     log_to: Literal["", "wandb", "tensorboard"] = flag(
         "", "also send metrics there, if that package is installed")
 
@@ -219,17 +228,38 @@ def run(main):
 
 # --- Processes and FSDP2 --------------------------------------------------------------------------
 
-def start_processes(kind="full"):
+def choose_device(shared):
+    """-> the device of this process, after --device. The tiny preset makes do with the CPU where
+    there are fewer GPUs than processes; anything larger is refused there."""
+    local, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if shared.device == "cpu" or (shared.device == "auto" and not found):
+        return torch.device("cpu")
+    if found >= local:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if shared.device == "auto" and shared.preset == "tiny":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{local} processes and {found} GPUs: the tiny preset runs on the CPU",
+                  flush=True)
+        return torch.device("cpu")
+    raise LensError(f"{local} processes on this machine, but {found} GPUs. Start one process a GPU "
+                    f"(torchrun --nproc_per_node={max(1, found)}), or take --device cpu.")
+
+
+def start_processes(shared, kind="full"):
     """-> rank, world size, device, mesh. Under torchrun N processes; without it one, through the
     same code. The mesh of kind "hybrid" is (nodes, processes of a node): shards within a node,
     copies between nodes."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(shared)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+    # what stays in fp32 (SAM's head) may use TF32 where the rest is bf16, and nowhere else
+    tf32 = shared.precision == "bf16"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(hours=2)  # a rank may have long answers to write while the others wait
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -264,33 +294,44 @@ def shard(module, mesh, precision, replicated=(), reshard=True, offload=False):
     """FSDP2: each transformer block a unit, SAM's head a unit in fp32, the rest in the root. fp32
     masters, compute in `precision`, gradients reduced in fp32.
 
-    module: a Lens or a Reference, on the CPU: it is moved unit by unit, so that no GPU ever holds
-    the whole of it. `replicated` parameters (the frozen ones) stay whole on every rank; `reshard`
+    module: a Lens or a Reference, on the CPU, its weights as the files have them (mapped, so that
+    the processes of a machine share them). It is cast, moved and cut unit by unit: no process ever
+    holds the whole. `replicated` parameters (the frozen ones) stay whole on every rank; `reshard`
     frees a unit's gathered weights between its forward and its backward; `offload` keeps shards in
-    CPU memory. """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    CPU memory."""
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    trains = isinstance(module, Lens)
     replicated = set(replicated)
-    options = {"mesh": mesh, "ignored_params": replicated, "reshard_after_forward": reshard,
+    options = {"mesh": mesh, "ignored_params": replicated,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
 
-    def trains(unit):
-        return not set(unit.parameters()) <= replicated
+    def make_unit(unit, policy, reshard):
+        own = [p for p in unit.parameters() if p not in replicated and not isinstance(p, DTensor)]
+        for parameter in own:
+            parameter.data = parameter.data.to(torch.float32 if trains else compute)
+        if own:
+            fully_shard(unit, mp_policy=policy, reshard_after_forward=reshard, **options)
     units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
-    if isinstance(module, Lens):
+    if trains:
+        make_unit(module.sam, MixedPrecisionPolicy(torch.float32, torch.float32), reshard)
         units += [*module.connector.blocks]
-        if trains(module.sam):
-            in_fp32 = MixedPrecisionPolicy(torch.float32, torch.float32)
-            fully_shard(module.sam, mp_policy=in_fp32, **options)
     for unit in units:
-        if trains(unit):
-            fully_shard(unit, mp_policy=policy, **options)
-    for parameter in replicated:                     # FSDP moves all else, buffers too
+        make_unit(unit, policy, reshard)
+    for parameter in replicated:  # FSDP moves all else, buffers too
         parameter.data = parameter.data.to(mesh.device_type)
-    fully_shard(module, mp_policy=policy, **options)
-    if isinstance(module, Lens):                     # gather and reduce around stage 1's pass too
+    # the root's backward follows its forward at once: it stays gathered
+    make_unit(module, policy, reshard and not trains)
+    if trains:  # gather and reduce around stage 1's pass too
         register_fsdp_forward_method(module, "align_forward")
     return module
+
+
+def make_optimizer(groups, args, device):
+    """AdamW over [{"params", "peak_lr"}], as one fused kernel where the shards lie on a GPU."""
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2),
+                             weight_decay=args.weight_decay,
+                             fused=device.type == "cuda" and not args.offload)
 
 
 # --- Checkpoints for resuming, folders for use ----------------------------------------------------
@@ -426,10 +467,12 @@ class Metrics:
 
     def __init__(self, folder, start, total, rank, log_to=""):
         self.path, self.rank = folder / "metrics.jsonl", rank
+        lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
+        self.rows = [json.loads(line) for line in lines]  # of the steps before `start`
+        dist.barrier()  # all have read what rank 0 now cuts
         if rank:
             return
-        lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
-        write_whole(self.path, "".join(line + "\n" for line in lines))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.bar = tqdm(total=total, initial=start, desc=folder.name, dynamic_ncols=True)
         self.tracker = open_tracker(log_to, folder)
 
@@ -471,8 +514,12 @@ def open_tracker(name, folder):
 
 
 def watch_signals():
-    """SIGTERM and SIGUSR1, a scheduler's warnings, end the run after the step with a checkpoint. ->
-    a list, filled then."""
+    """SIGTERM and SIGUSR1, a scheduler's warnings, end the run after the step with a checkpoint.
+    -> a list, filled then.
+
+    SIGTERM may go to torchrun, which passes it on, waits 30 seconds and kills: enough for a short
+    step. SIGUSR1 waits as long as the step takes, but goes to the training processes alone (pkill
+    -USR1 -P TORCHRUN_PID), since torchrun itself dies of it. Loaders' processes ignore both."""
     received = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
@@ -541,35 +588,75 @@ def true_answers(batch, tokenizer, prompt):
 
 
 class OwnAnswers:
-    """The frozen MLLM's greedy answers by item key. Every process holds all; rank 0 keeps them on
-    disk."""
+    """The frozen MLLM's greedy answers by item key, all of them made before the first step. Every
+    process writes what it makes to OUTPUT/answers.RANK.jsonl, so that a run which was stopped goes
+    on from there."""
 
-    def __init__(self, path, rank):
-        self.path, self.rank, self.known = path, rank, {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                key, ids = json.loads(line)
-                self.known[key] = torch.tensor(ids)
-            except ValueError:
-                pass                                             # a line cut by a kill: made again
+    def __init__(self, folder, rank, world):
+        self.path, self.rank, self.world = folder / f"answers.{rank}.jsonl", rank, world
+        mine = {}
+        for path in sorted(folder.glob("answers.*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    key, ids = json.loads(line)
+                    mine[key] = ids
+                except ValueError:
+                    pass  # a line cut by a kill: made again
+        self.known = self.gather(mine)
 
-    def __call__(self, lens, batch, positions, max_new):
-        """-> list of B (T,), generating only what is new. A collective: every rank calls it every
-        step."""
-        new = [i for i, key in enumerate(batch["keys"]) if key not in self.known]
+    def gather(self, mine):
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, mine)
+        return {key: ids for part in everyone for key, ids in part.items()}
+
+    def make(self, lens, rows, collate, shared, device):
+        """rows: all that training will use, the largest prompts first, so that those of a batch are
+        alike and the estimate beside the bar errs on the safe side. Each process takes every
+        world-th of what is missing."""
+        missing = [k for k in range(len(rows)) if rows.key(k) not in self.known]
+        new = missing[self.rank::self.world]
+        size = answer_batch(lens.mllm, shared, device)
+        fixed = fixed_cache(lens.mllm, shared, size, device)
+        batches = [new[i:i + size] for i in range(0, len(new), size)]
+        loader = load_batches(rows, batches, collate, shared.workers, device)
         made = {}
-        if new:
-            completions, _ = generate(lens.mllm, select(batch, new), [positions[i] for i in new], 1,
-                                      max_new, lens.eos, lens.forbidden)
-            made = {batch["keys"][i]: group[0].tolist() for i, group in zip(new, completions)}
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, made)
-        made = {key: ids for part in everyone for key, ids in part.items()}
-        self.known.update({key: torch.tensor(ids) for key, ids in made.items()})
-        if self.rank == 0 and made:
-            with self.path.open("a") as file:
-                file.write("".join(json.dumps(item) + "\n" for item in made.items()))
-        return [self.known[key] for key in batch["keys"]]
+        with self.path.open("a") as file, tqdm(total=len(new), desc="answers", unit="answer",
+                                               disable=self.rank > 0) as bar:
+            for batch in loader:
+                batch = to_device(batch, device)
+                answers = generate(lens.mllm, batch, prompt_positions(lens.mllm, batch), 1,
+                                   shared.max_completion, lens.eos, lens.forbidden, fixed=fixed)
+                for key, (ids,) in zip(batch["keys"], answers.completions):
+                    made[key] = ids.tolist()
+                    file.write("\n" + json.dumps([key, made[key]]))  # the last line may be cut
+                file.flush()
+                bar.update(len(answers.completions))
+        self.known.update(self.gather(made))
+
+    def __call__(self, batch):
+        """-> list of B (T,)"""
+        return [torch.tensor(self.known[key]) for key in batch["keys"]]
+
+
+def fixed_cache(mllm, shared, N, device):
+    """--compile -> the FixedCache that a GPU decodes N sequences in; None on a CPU, where the plain
+    way is the default."""
+    if device.type == "cpu" and shared.compile != "on":
+        return None
+    return FixedCache(mllm, N, shared.max_prompt, shared.max_completion, shared.compile != "off")
+
+
+def answer_batch(mllm, shared, device):
+    """Prompts to answer at once: 32 on a CPU; on a GPU what fits into half of its free memory."""
+    if device.type == "cpu":
+        return 32
+    config = mllm.config.text_config
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = shared.max_prompt + shared.max_completion
+    cache = (2 * config.num_hidden_layers * config.num_key_value_heads * d * tokens
+             * mllm.lm_head.weight.element_size())
+    states = 12 * config.intermediate_size * shared.max_prompt  # of the prompts' own pass
+    return max(1, min(256, torch.cuda.mem_get_info()[0] // 2 // (2 * cache + states)))
 
 
 # --- The stage ------------------------------------------------------------------------------------
@@ -588,37 +675,40 @@ def align_step(lens, batch, answers, world, args):
 
 def main():
     shared, args = parse_settings([SharedArgs, AlignArgs], PRESETS, __doc__.splitlines()[0])
-    rank, world, device, mesh = start_processes(args.shard)
+    rank, world, device, mesh = start_processes(shared, args.shard)
     records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
     total = plan_steps(args, world, len(records))
     folder = open_output(args, (shared, args), rank)
-    # frozen weights need no fp32 masters
-    lens, processor = build_lens(shared, args.init, torch.bfloat16 if shared.precision == "bf16"
-                                 else torch.float32)
+    compute = torch.bfloat16 if shared.precision == "bf16" else torch.float32
+    lens, processor = build_lens(shared, args.init, compute)  # frozen: no fp32 masters
     frozen = set_trainable(lens, "align")
     lens.train().sam.eval()  # SAM is frozen here; only --multimask sees the difference
     shard(lens, mesh, shared.precision, frozen, args.reshard, args.offload)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in lens.parameters() if p.requires_grad], "peak_lr": args.lr}],
-        lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    trained = [p for p in lens.parameters() if p.requires_grad]
+    optimizer = make_optimizer([{"params": trained, "peak_lr": args.lr}], args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
     if args.export:
         return export(folder, lens, shared)
     collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
                        shared.prompt)
-    loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
-                              args.batch, rank, world, shared.workers)
-    own = OwnAnswers(folder / "answers.jsonl", rank)
+    stream = TrainingStream(records, shared.seed)
+    loader = training_batches(stream, collate, start, total, args.batch, rank, world,
+                              shared.workers, device)
+    if args.context == "own":
+        own = OwnAnswers(folder, rank, world)
+        own.make(lens, stream.rows(start * args.batch, total * args.batch), collate, shared, device)
     metrics = Metrics(folder, start, total, rank, args.log_to)
     received, began = watch_signals(), time.time()
     for step, batch in enumerate(loader, start):
         batch = to_device(batch, device)
         if args.context == "own":
-            answers = own(lens, batch, prompt_positions(lens.mllm, batch), shared.max_completion)
+            answers = own(batch)
         else:
             answers = true_answers(batch, processor.tokenizer, shared.prompt)
         sums = 0
         for i in range(0, len(answers), args.micro_batch):
+            last = i + args.micro_batch == len(answers)
+            lens.set_requires_gradient_sync(last or not args.reduce_once)
             part = range(i, i + args.micro_batch)
             sums = sums + align_step(lens, select(batch, part), [answers[j] for j in part], world,
                                      args)

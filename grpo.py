@@ -22,8 +22,41 @@ never clips. We take the paper's.
 Do not look for progress in the loss. With one update per batch the ratio is 1 and a group's
 advantages sum to zero, so the value starts at about 0, and then it rises by beta times the KL. Its
 gradient is not zero, and that is what learns: it raises each token's log-probability by the
-advantage of its completion. Watch the rewards. """
+advantage of its completion. Watch the rewards."""
 import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def policy_logits(lm_head, hidden, forbidden, temperature):
+    """Logits (n, V) in fp32 of the policy that is sampled and trained: the same temperature and the
+    same forbidden tokens in both places, else the objective's probabilities are not those of the
+    samples."""
+    return (lm_head(hidden).float() / temperature).masked_fill(forbidden, -1e9)
+
+
+def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=128):
+    """Log-probabilities (n,) of `targets` (n,) under states (n, C), and the policy's entropy (n,)
+    there (no gradient). A chunk's logits are made again in the backward pass, so that no (n, V)
+    table outlives it."""
+    def of_chunk(states, tokens):
+        log_p = policy_logits(lm_head, states, forbidden, temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(1, tokens[:, None])[:, 0], entropy
+
+    log_probs, entropies = [], []
+    for states, tokens in zip(hidden.split(chunk), targets.split(chunk)):
+        log_prob, entropy = checkpoint(of_chunk, states, tokens, use_reentrant=False)
+        log_probs.append(log_prob)
+        entropies.append(entropy)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def completion_table(values, mask):
+    """Values (tokens,) of all completions, one after another -> (N, T), 0 where there is no
+    token."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask,
+                                                                                            values)
 
 
 def group_advantages(rewards, delta=1e-4, correction=0):
@@ -34,7 +67,7 @@ def group_advantages(rewards, delta=1e-4, correction=0):
 
     [1, 0, 0, 0] gives [1.732, -0.577, -0.577, -0.577]; correction=1 is the sample standard
     deviation of the released code, 1/(G-1), and gives [1.5, -0.5, -0.5, -0.5]. A group of equal
-    rewards teaches nothing: exactly 0. """
+    rewards teaches nothing: exactly 0."""
     # Taking the group's first reward off all changes nothing in Eq. 7 but makes equal rewards
     # exact zeros. The mean of three times 0.1 is not quite 0.1, and that rounding would pass for an
     # advantage.
@@ -50,7 +83,7 @@ def kl_k3(log_probs, ref_log_probs):
     log_probs.
 
     Never negative, zero where the two agree. Its mean over tokens sampled from pi estimates KL(pi
-    || pi_ref). """
+    || pi_ref)."""
     d = ref_log_probs - log_probs
     return torch.expm1(d) - d  # expm1(d) is exp(d) - 1 without the loss of digits near d = 0
 
@@ -61,7 +94,7 @@ def clipped_objective(log_probs, old_log_probs, advantages, clip_eps):
 
     Log-probabilities (N, T) x 2; advantages broadcast, so give (N,) as (N, 1). A token whose ratio
     has left the range in the direction that its advantage asks for has moved enough for this batch:
-    no gradient. """
+    no gradient."""
     ratio = torch.exp(log_probs - old_log_probs)
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
 
@@ -71,7 +104,7 @@ def completion_mean(values, mask):
     tensor.
 
     A long completion weighs no more than a short one. One without tokens adds 0 and still counts
-    among the N. """
+    among the N."""
     lengths = mask.sum(-1).clamp(min=1)  # (N,), 1 where there is nothing to divide
     return (values.masked_fill(~mask, 0).sum(-1) / lengths).mean()
 
@@ -84,7 +117,7 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     advantages (N,); mask (N, T), True on tokens: what stands elsewhere does not matter, be it NaN.
     ref_log_probs may be None if beta is 0, else that raises ValueError. stats are detached 0-dim
     tensors: 'kl', weighted as in the loss (0 without ref_log_probs); and over all tokens alike
-    'clip_fraction', the share whose gradient the clip took away. """
+    'clip_fraction', the share whose gradient the clip took away."""
     if ref_log_probs is None and beta != 0:
         raise ValueError("beta is not 0, so the KL needs ref_log_probs")
     mask = mask.bool()

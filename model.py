@@ -22,7 +22,7 @@ and in chunks, never as (L, V). `--profile released` switches all that differs.
 
 Letters: B prompts, G samples per prompt, N = B * G, P prompt tokens, T completion tokens, L row
 length, M context queries, C hidden size, V vocabulary, K prompt tokens to SAM, D SAM's width, S
-SAM's picture side, H x W pixels. """
+SAM's picture side, H x W pixels."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,13 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
-from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoModelForImageTextToText, AutoProcessor, DynamicCache)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from data import LensError
+from grpo import completion_table, policy_logits, token_log_probs
 
 # --- The parts: connector (Eq. 3) and SAM's head (Eq. 4) ------------------------------------------
 
@@ -77,7 +77,7 @@ class Connector(nn.Module):
 
     "A shallow transformer" in the paper; four blocks, as in the released code. `kind="mlp"` is
     Table 4's other row. `prompt_tokens="one"` squeezes the M tokens into one with a convolution, as
-    the released code. """
+    the released code."""
 
     def __init__(self, C, M, D, kind="vit", heads=16, prompt_tokens="all"):
         super().__init__()
@@ -181,7 +181,7 @@ def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
     predicted by the prompt's last state.
 
     prompt_ids: B x (P_b,); positions: B x (3, P_b); completions: B x G x (T_i,) long, all on the
-    CPU. """
+    CPU."""
     B, G = len(prompt_ids), len(completions[0])
     P = max(len(ids) for ids in prompt_ids)
     T = max(len(completion) for group in completions for completion in group)
@@ -233,7 +233,7 @@ def group_attention(module, query, key, value, attention_mask, group=None, scali
 
     query (B, heads, L, d); key, value (B, kv heads, L, d) -> (B, L, heads, d). Prompts are where
     rows begin, so one causal pass over the first P columns serves all B; for a prompt shorter than
-    P that pass leaves its completions' first places wrong, and they are overwritten below. """
+    P that pass leaves its completions' first places wrong, and they are overwritten below."""
     if group is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **kwargs)
@@ -312,7 +312,7 @@ def read_answers(mllm, batch, positions, answers):
         longer["ids"].append(torch.cat([ids, answer]))
         continued = int(position.max()) + 1 + torch.arange(len(answer))
         after.append(torch.cat([position, continued.expand(3, -1)], -1))
-    _, cache, attention, first = prefill(mllm, longer, after, G=1)
+    _, cache, attention, first = prefill(mllm, longer, after)
     return AnswerCache(cache, attention, first)
 
 
@@ -325,40 +325,6 @@ def query_states(mllm, read, queries):
     return mllm.model.language_model(inputs_embeds=embeds, attention_mask=attention,
                                      position_ids=position, past_key_values=read.cache,
                                      use_cache=True).last_hidden_state
-
-
-# --- Log-probabilities of completion tokens -------------------------------------------------------
-
-def policy_logits(lm_head, hidden, forbidden, temperature):
-    """Logits (n, V) in fp32 of the policy that is sampled and trained: the same temperature and the
-    same forbidden tokens in both places, else the objective's probabilities are not those of the
-    samples."""
-    return (lm_head(hidden).float() / temperature).masked_fill(forbidden, -1e9)
-
-
-def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=128):
-    """Log-probabilities (n,) of `targets` (n,) under states (n, C), and the policy's entropy (n,)
-    there (no gradient). A chunk's logits are made again in the backward pass, so that no (n, V)
-    table outlives it."""
-    def of_chunk(states, tokens):
-        log_p = policy_logits(lm_head, states, forbidden, temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        return log_p.gather(1, tokens[:, None])[:, 0], entropy
-
-    log_probs, entropies = [], []
-    for states, tokens in zip(hidden.split(chunk), targets.split(chunk)):
-        log_prob, entropy = checkpoint(of_chunk, states, tokens, use_reentrant=False)
-        log_probs.append(log_prob)
-        entropies.append(entropy)
-    return torch.cat(log_probs), torch.cat(entropies)
-
-
-def completion_table(values, mask):
-    """Values (tokens,) of all completions, one after another -> (N, T), 0 where there is no
-    token."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask,
-                                                                                            values)
 
 
 # --- The whole model ------------------------------------------------------------------------------
@@ -378,6 +344,7 @@ class Lens(nn.Module):
         self.register_buffer("forbidden", forbidden, persistent=False)  # (V,) bool: never sampled
         self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
         self.prompt, self.positions = args.prompt, args.positions
+        self.in_bf16 = args.precision == "bf16"
         # SAM looks at this in eval mode only
         self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.multimask
 
@@ -385,7 +352,7 @@ class Lens(nn.Module):
     def encode_pictures(self, sam_pixels):
         """(B, 3, S, S) -> SAM's feature maps at strides 4, 8 and 16. Frozen in both stages, once
         per picture."""
-        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=sam_pixels.is_cuda):
+        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=self.in_bf16):
             return self.image_encoder(sam_pixels)["backbone_fpn"]
 
     def masks_of(self, states, features):
@@ -405,7 +372,7 @@ class Lens(nn.Module):
 
         pixel_values (patches, D) and grid_thw (B, 3) as the processor gives them; packed:
         PackedGroups; features: encode_pictures'. -> {"mask_logits" (N, S/4, S/4), "query_states"
-        (N, M, C), and with with_log_probs "log_probs" and "entropy" (N, T)} """
+        (N, M, C), and with with_log_probs "log_probs" and "entropy" (N, T)}"""
         hidden = group_hidden(self.mllm, pixel_values, grid_thw, packed, self.queries)
         states = hidden[packed.queries]                                      # Q' of Eq. 2
         out = {"query_states": states, "mask_logits": self.masks_of(states, features)}
@@ -428,14 +395,14 @@ def full_size_masks(logits, size):
 # --- Sampling (Eq. 1) -----------------------------------------------------------------------------
 
 def pick_tokens(logits, uniforms=None):
-    """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in [0,
-    1)."""
+    """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in
+    [0, 1)."""
     if uniforms is None:
         return logits.argmax(-1)
     cdf = logits.softmax(-1).double().cumsum(-1)
     total = cdf[:, -1:]
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total,
-                                                                      torch.zeros_like(total)))
+    just_below = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniforms[:, None] * total, just_below)
     # the first interval that holds u, never one of width 0
     found = torch.searchsorted(cdf, target, right=True)[:, 0]
     # NaN finds none: training stops at its loss, not here
@@ -445,15 +412,14 @@ def pick_tokens(logits, uniforms=None):
 def draw_uniforms(seed, step, prompts, G, T):
     """(len(prompts) * G, T) in [0, 1): a row is a function of (seed, step, place of the prompt in
     the batch, g) alone."""
-    rows = [np.random.default_rng([seed, step, prompt, g]).random(T) for prompt in prompts for g
-            in range(G)]
+    rows = [np.random.default_rng([seed, step, prompt, g]).random(T)
+            for prompt in prompts for g in range(G)]
     return torch.from_numpy(np.stack(rows))
 
 
-def prefill(mllm, batch, positions, G):
-    """Run B prompts once, padded on the left so that they end together, and repeat their cache G
-    times. -> last hidden states (N, C), cache, attention mask (N, P), first position after each
-    prompt (N,)."""
+def prefill(mllm, batch, positions):
+    """Run B prompts once, padded on the left so that they end together. -> last hidden states
+    (B, C), their cache, attention mask (B, P), first position after each prompt (B,)."""
     device, P = batch["pixel_values"].device, max(len(ids) for ids in batch["ids"])
 
     def pad_left(x):
@@ -463,57 +429,170 @@ def prefill(mllm, batch, positions, G):
     position = torch.stack([pad_left(p) for p in positions], 1).to(device)  # (3, B, P)
     inputs = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
     cache = DynamicCache(config=mllm.config.text_config)
-    hidden = mllm.model.language_model(**inputs, position_ids=position, attention_mask=attention,
-                                       past_key_values=cache, use_cache=True).last_hidden_state[:,
-                                                                                                -1]
-    cache.batch_repeat_interleave(G)
-    first = position.amax((0, 2)) + 1
-    return (hidden.repeat_interleave(G, 0), cache, attention.repeat_interleave(G, 0),
-            first.repeat_interleave(G))
+    out = mllm.model.language_model(**inputs, position_ids=position, attention_mask=attention,
+                                    past_key_values=cache, use_cache=True)
+    return out.last_hidden_state[:, -1], cache, attention, position.amax((0, 2)) + 1
+
+
+def decode_step(lm, token, position, mask, cache):
+    """One token of n sequences; what FixedCache compiles. -> last hidden states (n, C)"""
+    return lm(inputs_embeds=lm.embed_tokens(token[:, None]), position_ids=position,
+              attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+
+
+class GrowingCache:
+    """The cache of n sequences, one token longer at every step: the plain way, and the CPU's."""
+
+    def __init__(self, lm, prompt_cache, attention, G):
+        prompt_cache.batch_repeat_interleave(G)
+        self.lm, self.cache = lm, prompt_cache
+        self.attention = attention.repeat_interleave(G, 0)  # (n, P + t)
+
+    def step(self, token, position):
+        """token (n,), position (3, n, 1) -> last hidden states (n, C)"""
+        self.attention = F.pad(self.attention, (0, 1), value=1)
+        return decode_step(self.lm, token, position, self.attention, self.cache)
+
+    def keep(self, running):
+        """Once half have ended, drop all but `running` (k,). -> those kept, or None"""
+        if len(running) > len(self.attention) // 2:
+            return None
+        self.cache.batch_select_indices(running)
+        self.attention = self.attention[running]
+        return running
+
+
+class FixedCache:
+    """The same in tensors of fixed shapes and addresses, made once for at most N sequences, so that
+    one compiled step (on CUDA a captured graph) serves every token without a host sync.
+
+    Few shapes occur: n is N, N/2, N/4 or N/8, and the first completion token's slot is a multiple
+    of 512. Weights that change in place (train_rl.refresh) are seen by the next step."""
+
+    def __init__(self, mllm, N, longest_prompt, max_new, compiled=True):
+        config, weight = mllm.config.text_config, mllm.lm_head.weight
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        length = -(-longest_prompt // 512) * 512 + max_new
+        shape = (config.num_hidden_layers, 2, N, config.num_key_value_heads, length, d)
+        self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.lm, self.decode_step = mllm.model.language_model, decode_step
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # one for each shape
+            mode = "reduce-overhead" if weight.is_cuda else "default"
+            self.decode_step = torch.compile(decode_step, dynamic=False, mode=mode)
+
+    def take(self, n, length):
+        """Keys and values (n, heads, length, d) of each layer from now on: views of the whole."""
+        self.layers = [(keys[:n, :, :length], values[:n, :, :length]) for keys, values
+                       in self.whole]
+        for pair in self.layers:
+            for tensor in pair:  # else a CUDA graph would copy it at every step
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key, value, layer, *args, **kwargs):
+        """What a layer of the language model calls with the new token's key and value."""
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.slot, key)
+        values.index_copy_(2, self.slot, value)
+        return keys, values
+
+    def get_seq_length(self, *args):
+        return 0  # the language model asks, but its positions and mask are given
+
+    def begin(self, prompt_cache, attention, G, max_new):
+        """Take over the cache of B prompts, each repeated G times; attention (B, P)."""
+        B, P = attention.shape
+        first = -(-P // 512) * 512  # slot of the first completion token
+        self.take(B * G, first + max_new)
+        for held, layer in zip(self.layers, prompt_cache.layers):
+            held[0][:, :, first - P:first] = layer.keys.repeat_interleave(G, 0)
+            held[1][:, :, first - P:first] = layer.values.repeat_interleave(G, 0)
+        self.slot.fill_(first - 1)
+        seen = F.pad(attention.bool(), (first - P, max_new)).repeat_interleave(G, 0)
+        self.mask = seen[:, None, None]  # (n, 1, 1, length)
+        self.smallest = B * G // 8
+        return self
+
+    def step(self, token, position):
+        """token (n,), position (3, n, 1) -> last hidden states (n, C)"""
+        self.slot += 1
+        self.mask.index_fill_(3, self.slot, True)
+        return self.decode_step(self.lm, token, position, self.mask, self)
+
+    def keep(self, running):
+        """Once half have ended, halve the batch: `running` (k,) and as many that have ended as fill
+        it up. -> those kept, or None"""
+        n, half = len(self.mask), len(self.mask) // 2
+        if len(running) > half or half < self.smallest:
+            return None
+        ended = torch.ones(n, dtype=torch.bool, device=running.device)
+        ended[running] = False
+        kept = torch.cat([running, ended.nonzero()[:half - len(running), 0]])
+        self.mask = self.mask[kept]
+        for pair in self.layers:
+            for tensor in pair:
+                tensor[:half] = tensor[kept]
+        self.take(half, self.mask.shape[3])
+        return kept
+
+
+@dataclass
+class Samples:
+    """G completions of each of B prompts."""
+    completions: list        # B x G x (T_i,) long on the CPU, the end token included
+    finished: list           # B x G bool, False where the limit cut the completion
+    log_probs: torch.Tensor  # (N, max_new) of the tokens under the sampler, 0 after the end token
 
 
 @torch.no_grad()
-def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, temperature=1.0):
+def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, temperature=1.0,
+             fixed=None):
     """Eq. 1: G completions of each of B prompts, all decoded as one batch, each prompt prefilled
-    once.
+    once. -> Samples
 
     uniforms: (N, max_new) double, one row per sample drawn before sampling, so that a sample
-    depends on neither rank, batch nor world size; None decodes greedily. Returns (completions,
-    finished): B lists of G (T_i,) long CPU tensors, the end token included, and B lists of G bools,
-    False where the limit cut the completion. """
+    depends on neither rank, batch nor world size; None decodes greedily. fixed: a FixedCache to
+    decode in; without it the cache grows.
+    """
     training, lm = mllm.training, mllm.model.language_model
     mllm.eval()  # in training mode checkpointing would drop the cache
-    hidden, cache, attention, next_position = prefill(mllm, batch, positions, G)
+    hidden, prompt_cache, attention, next_position = prefill(mllm, batch, positions)
+    hidden, next_position = (x.repeat_interleave(G, 0) for x in (hidden, next_position))
+    if fixed is None:
+        cache = GrowingCache(lm, prompt_cache, attention, G)
+    else:
+        cache = fixed.begin(prompt_cache, attention, G, max_new)
     N, device = len(hidden), hidden.device
     alive = torch.arange(N, device=device)  # the samples that the decoding batch still holds
     tokens = torch.full((N, max_new), eos, device=device)
+    log_probs = torch.zeros(N, max_new, device=device)
     done = torch.zeros(N, dtype=torch.bool, device=device)
     for t in range(max_new):
         logits = policy_logits(mllm.lm_head, hidden, forbidden, temperature)
         token = pick_tokens(logits, None if uniforms is None else uniforms[alive, t])
-        token = torch.where(done[alive], eos, token)  # what follows the end token is cut off below
+        log_p = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        ended = done[alive]
+        token = torch.where(ended, eos, token)  # what follows the end token is cut off below
         tokens[alive, t] = token
-        done[alive] = done[alive] | (token == eos)
+        log_probs[alive, t] = log_p.masked_fill(ended, 0)
+        done[alive] = ended | (token == eos)
         if t + 1 == max_new:
             break
-        if t % 8 == 7:                                           # one host sync per eight tokens
+        if t % 8 == 7:  # one host sync per eight tokens
             running = (~done[alive]).nonzero()[:, 0]
             if len(running) == 0:
                 break
-            if len(running) <= len(alive) // 2:      # half have ended: drop them, for few shapes
-                cache.batch_select_indices(running)
-                alive, token, attention = alive[running], token[running], attention[running]
-        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
+            kept = cache.keep(running)
+            if kept is not None:
+                alive, token = alive[kept], token[kept]
         position = (next_position[alive] + t).expand(3, 1, -1).transpose(1, 2)  # (3, n, 1)
-        hidden = lm(inputs_embeds=lm.embed_tokens(token[:, None]), attention_mask=attention,
-                    past_key_values=cache, position_ids=position,
-                    use_cache=True).last_hidden_state[:, -1]
+        hidden = cache.step(token, position)
     mllm.train(training)
     lengths = torch.where(done, (tokens == eos).int().argmax(1) + 1, max_new).tolist()
     rows = [row[:length] for row, length in zip(tokens.cpu(), lengths)]
-    ended = done.tolist()
-    starts = range(0, N, G)
-    return [rows[i:i + G] for i in starts], [ended[i:i + G] for i in starts]
+    finished, starts = done.tolist(), range(0, N, G)
+    return Samples([rows[i:i + G] for i in starts], [finished[i:i + G] for i in starts], log_probs)
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -636,8 +715,9 @@ def build_lens(args, folder="", dtype=torch.float32):
     sam = load_sam(args.sam)
     mllm, processor = load_mllm(args.mllm, dtype)
     if args.max_pixels:
-        size = dict(processor.image_processor.size)
-        processor.image_processor.size = {**size, "longest_edge": args.max_pixels}
+        size = dict(processor.image_processor.size)  # "longest_edge" counts pixels, not an edge
+        size["longest_edge"] = min(size["longest_edge"], args.max_pixels)
+        processor.image_processor.size = size
     torch.manual_seed(args.seed)                                 # the initial queries and connector
     forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features, args.prompt)
     lens = Lens(mllm, sam, args, forbidden, processor.tokenizer.eos_token_id)

@@ -35,7 +35,7 @@ def parse_box(text):
     the whole text if there is no </think>. An unclosed block is no block. It holds strict JSON,
     bare or fenced: one object or a list, in which the first object with a "bbox_2d" counts. Is that
     not a list of four finite numbers, then there is no box, whatever follows. A box may be inverted
-    or lie outside the picture; box_iou deals with that. Raises nothing. """
+    or lie outside the picture; box_iou deals with that. Raises nothing."""
     # rest is empty if there is no <answer>
     _, _, rest = text.rpartition("</think>")[2].partition("<answer>")
     body, closed, _ = rest.partition("</answer>")
@@ -92,7 +92,7 @@ def format_reward(text):
     and after the blocks, the thinking is not blank, and parse_box finds a box. Raises nothing.
 
     The text has no end token, so a completion that was cut at the token limit is the caller's to
-    zero: train_rl.py multiplies by whether it finished. """
+    zero: train_rl.py multiplies by whether it finished."""
     pieces = re.split("(</?(?:think|answer)>)", text)  # text, tag, text, tag, ..., text
     if pieces[1::2] != TAGS:
         return 0.0
@@ -108,7 +108,7 @@ def box_iou(box, truth):
 
     0 if either is None, inverted, empty or not finite. Raises nothing, whatever the eight floats:
     taken at face value, [300, 150, 100, 350] has the area -40000, and its union with [100, 150,
-    300, 350] would be 0. """
+    300, 350] would be 0."""
     if box is None or truth is None or not all(math.isfinite(v) for v in (*box, *truth)):
         return 0.0
     # An IoU does not change with scale, and halves of finite numbers have no difference that
@@ -131,7 +131,7 @@ def mask_counts(mask, truth, ignore=None):
     Boolean tensors or NumPy arrays (..., H, W), the leading dimensions broadcast -> two integer
     tensors (...), on the device of the masks and without waiting for it. Summed over a data set,
     their quotient is cIoU. Raises TypeError for masks that are not boolean (threshold logits first)
-    and ValueError if H x W differ. """
+    and ValueError if H x W differ."""
     mask, truth = torch.as_tensor(mask), torch.as_tensor(truth)
     ignore = torch.zeros_like(truth) if ignore is None else torch.as_tensor(ignore)
     if not mask.dtype == truth.dtype == ignore.dtype == torch.bool:
@@ -151,7 +151,7 @@ def mask_iou(mask, truth, ignore=None):
     mask_counts.
 
     (H, W) -> a float; (..., H, W) -> a float32 tensor (...), for instance (G, H, W) against (H, W)
-    -> (G,). """
+    -> (G,)."""
     intersection, union = mask_counts(mask, truth, ignore)
     iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
     return iou.item() if iou.dim() == 0 else iou

@@ -25,26 +25,26 @@ the optimizer's betas are not in the paper; they are flags.
 
 Precision: fp32 master weights, sharded; compute in bf16 (`--precision fp32` for exactness); a whole
 copy per process in the compute precision samples, refreshed after every update on every rank; the
-reference model is frozen and sharded. """
+reference model is frozen and sharded."""
 import copy
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule
 
-from align import (TINY, Metrics, SharedArgs, TrainArgs, apply_update, end_of_step, export, flag,
-                   learning_rate, load_checkpoint, open_output, parse_settings, plan_steps, run,
-                   segmentation_loss, set_trainable, shard, start_processes, watch_signals)
-from data import (Collator, LensError, TrainingStream, read_records, rescale_box, select, to_device,
-                  training_batches)
-from grpo import group_advantages, grpo_loss
-from model import (PackedGroups, build_lens, completion_table, context_positions, draw_uniforms,
-                   full_size_masks, generate, group_hidden, pack_groups, prompt_positions,
-                   token_log_probs)
+from align import (TINY, Metrics, SharedArgs, TrainArgs, apply_update, end_of_step, export,
+                   fixed_cache, flag, learning_rate, load_checkpoint, make_optimizer, open_output,
+                   parse_settings, plan_steps, run, segmentation_loss, set_trainable, shard,
+                   start_processes, watch_signals)
+from data import (Collator, EvaluationRows, LensError, TrainingStream, read_records, rescale_box,
+                  select, to_device, training_batches)
+from grpo import completion_table, group_advantages, grpo_loss, token_log_probs
+from model import (PackedGroups, build_lens, context_positions, draw_uniforms, full_size_masks,
+                   generate, group_hidden, pack_groups, prompt_positions)
 from rewards import box_iou, find_box, format_reward, mask_iou, unified_reward
 
 
@@ -72,6 +72,11 @@ class RLArgs(TrainArgs):
         "population", "sigma of Eq. 6; sample: the released code's")
     alpha: float = flag(1.0, "weight of the segmentation loss (Eq. 12)")
     gradient_checkpointing: bool = flag(True, "recompute the MLLM's layers in the backward pass")
+    val_every: int = flag(0, "steps between looks at val, whose best model OUTPUT/best keeps; "
+                          "0: none")
+    val_rows: int = flag(200, "rows of val to look at")
+    gpu_tflops: float = flag(0.0, "a GPU's peak in bf16 (L40S 362, H100 989), for mfu in the "
+                             "metrics")
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,41 +105,32 @@ PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", bat
 # --- The sampling copy and the reference ----------------------------------------------------------
 
 def copy_mllm(mllm, precision, device="cpu"):
-    """An unsharded copy in the compute precision: what samples, and the reference. Parameters are
-    cast one by one, so that no second fp32 model exists meanwhile; buffers keep their precision
-    (see load_mllm)."""
+    """An unsharded copy in the compute precision, which samples. Parameters are cast one by one, so
+    that no second fp32 model exists meanwhile; buffers keep their precision (see load_mllm)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    made = {}  # id of a parameter -> its copy; a tied one is made once
-    for parameter in mllm.parameters():
-        cast = parameter.detach().to(device, dtype, copy=True)
-        made[id(parameter)] = nn.Parameter(cast, requires_grad=False)
+    return copy_with(mllm, lambda p: p.detach().to(device, dtype, copy=True)).to(device).eval()
+
+
+def share_mllm(mllm):
+    """A second model over the same memory, the files mapped in it: the reference, until `shard`
+    makes each process its own part of it."""
+    return copy_with(mllm, lambda p: p.detach())
+
+
+def copy_with(mllm, make):
+    """A copy whose parameters are make(parameter), frozen; a tied one is made once."""
+    made = {id(p): nn.Parameter(make(p), requires_grad=False) for p in mllm.parameters()}
     # deepcopy keeps a table of what it has copied already: given ours, it copies all but parameters
-    return copy.deepcopy(mllm, made).to(device).eval()
+    return copy.deepcopy(mllm, made)
 
 
 @torch.no_grad()
 def refresh(sampler, lens):
-    """sampler <- the policy's sharded weights, one of FSDP's units after another: a unit is one
-    bucket, cast before it is gathered. A collective: every rank calls it, after every update, or
-    some ranks would sample from a stale model."""
-    targets = dict(sampler.named_parameters())
-    for unit_name, unit in lens.named_modules():
-        if not isinstance(unit, FSDPModule):
-            continue
-        unit.unshard()
-        for name in own_parameters(unit_name, unit):
-            if name.startswith("mllm."):
-                targets[name.removeprefix("mllm.")].copy_(lens.get_parameter(name))
-        unit.reshard()
-
-
-def own_parameters(unit_name, unit):
-    """Names, within the whole, of the parameters that an FSDP unit shards itself: those of its
-    modules that are not in a unit nested in it."""
-    prefix = unit_name + "." if unit_name else ""
-    nested = tuple(f"{name}." for name, child in unit.named_modules()
-                   if name and isinstance(child, FSDPModule))
-    return [prefix + name for name, _ in unit.named_parameters() if not name.startswith(nested)]
+    """sampler <- the policy's sharded weights, in place, each cast before it is gathered. A
+    collective: every rank calls it, after every update, or some ranks would sample from a stale
+    model."""
+    for target, parameter in zip(sampler.parameters(), lens.mllm.parameters()):
+        target.copy_(parameter.to(target.dtype).full_tensor())
 
 
 class Reference(nn.Module):
@@ -188,9 +184,11 @@ class Groups:
     batch: dict
     packed: PackedGroups
     features: list                      # SAM's maps of the B pictures
+    sampler_log_probs: torch.Tensor     # (N, T), as the sampling copy saw its own tokens
     ref_log_probs: torch.Tensor | None  # (N, T), under the reference
     r_format: torch.Tensor              # (B, G)
     r_box: torch.Tensor                 # (B, G)
+    finished: torch.Tensor              # (B, G) bool, False where the limit cut a completion
 
 
 @dataclass
@@ -202,26 +200,29 @@ class Scores:
     advantages: torch.Tensor            # (B, G), Eqs. 6-7
 
 
-def make_groups(lens, reference, batch, positions, completions, texts, finished, args):
-    """Split a rank's share of the batch into passes of --micro-batch groups. -> list of Groups"""
-    passes, device = [], batch["pixel_values"].device
-    for i in range(0, len(completions), args.micro_batch):
+def make_groups(lens, reference, batch, positions, samples, decode, args):
+    """Split a rank's share of the batch into passes of --micro-batch groups; `decode` turns G
+    completions into texts. -> list of Groups"""
+    passes, device, G = [], batch["pixel_values"].device, len(samples.completions[0])
+    for i in range(0, len(positions), args.micro_batch):
         some = slice(i, i + args.micro_batch)
-        part = select(batch, range(len(completions))[some])
+        part, completions = select(batch, range(len(positions))[some]), samples.completions[some]
 
         def pack(kind):
-            return pack_groups(part["ids"], context_positions(positions[some], kind),
-                               completions[some], lens.M, device)
+            return pack_groups(part["ids"], context_positions(positions[some], kind), completions,
+                               lens.M, device)
         packed, ref_log_probs = pack(lens.positions), None
         if reference is not None:
             # with --positions 1d the reference keeps the MLLM's own, as the released code's does
             text_only = packed if lens.positions == "mrope" else pack("mrope")
             ref_log_probs = reference(part["pixel_values"], part["grid_thw"], text_only,
                                       args.temperature)
-        r_format, r_box = text_rewards(texts[some], finished[some], part, args.iou_power,
-                                       lens.prompt)
-        passes.append(Groups(part, packed, lens.encode_pictures(part["sam_pixels"]), ref_log_probs,
-                             r_format.to(device), r_box.to(device)))
+        r_format, r_box = text_rewards([decode(group) for group in completions],
+                                       samples.finished[some], part, args.iou_power, lens.prompt)
+        of_part = samples.log_probs[i * G:(i + len(completions)) * G, :packed.mask.shape[1]]
+        passes.append(Groups(part, packed, lens.encode_pictures(part["sam_pixels"]), of_part,
+                             ref_log_probs, r_format.to(device), r_box.to(device),
+                             torch.tensor(samples.finished[some], device=device)))
     return passes
 
 
@@ -230,7 +231,8 @@ def score(out, groups, args):
     r_mask = mask_rewards(out["mask_logits"].detach(), groups.batch, args.iou_power)
     lambdas = (args.lambda_format, args.lambda_box, args.lambda_mask)
     reward = unified_reward(groups.r_format, groups.r_box, r_mask, lambdas)  # Eq. 11
-    advantages = group_advantages(reward, correction=int(args.deviation == "sample"))  # Eqs. 6-7
+    correction = int(args.deviation == "sample")
+    advantages = group_advantages(reward, correction=correction)  # Eqs. 6-7
     return Scores(out["log_probs"].detach(), r_mask, reward, advantages)
 
 
@@ -241,29 +243,38 @@ def backward_pass(out, groups, scores, args, world):
     policy_loss, stats = grpo_loss(out["log_probs"], scores.old_log_probs, groups.ref_log_probs,
                                    scores.advantages.flatten(), mask, args.clip_eps, args.beta)
     truth, weights = (groups.batch[name].repeat_interleave(args.group_size, 0)
-                      for name in ("low_masks", "low_weights"))              # (N, S/4, S/4)
+                      for name in ("low_masks", "low_weights"))  # (N, S/4, S/4)
     loss_seg = segmentation_loss(out["mask_logits"], truth, args.focal, weights).mean()
     loss = policy_loss + args.alpha * loss_seg
     B = len(groups.batch["ids"])
     (loss * B * world / args.batch).backward()  # FSDP averages over ranks: a mean over all groups
-    lengths = mask.sum(1).clamp(min=1)
-    equal = (scores.reward == scores.reward[:, :1]).all(1)
-    means = {"loss": loss, "loss_seg": loss_seg, "reward": scores.reward.mean(),
-             "reward_format": groups.r_format.mean(), "reward_box": groups.r_box.mean(),
-             "reward_mask": scores.r_mask.mean(), "kl": stats["kl"],
-             "entropy": (out["entropy"].sum(1) / lengths).mean(),
-             "completion_length": lengths.float().mean(), "clip_fraction": stats["clip_fraction"],
-             "zero_variance": equal.float().mean()}
+    means = {"loss": loss, "loss_seg": loss_seg, "kl": stats["kl"],
+             "clip_fraction": stats["clip_fraction"], **vital_signs(out, groups, scores)}
     return {name: value.detach().float() * B for name, value in means.items()}
 
 
+def vital_signs(out, groups, scores):
+    """What shows whether a run is well, over some groups -> {name: mean (0-dim)}"""
+    mask, lengths = groups.packed.mask, groups.packed.mask.sum(1).clamp(min=1)
+    gap = (scores.old_log_probs - groups.sampler_log_probs).abs().masked_fill(~mask, 0)
+    equal = (scores.reward == scores.reward[:, :1]).all(1)
+    return {"reward": scores.reward.mean(), "reward_format": groups.r_format.mean(),
+            "reward_box": groups.r_box.mean(), "reward_mask": scores.r_mask.mean(),
+            "reward_spread": scores.reward.std(1, correction=0).mean(),
+            "zero_variance": equal.float().mean(),
+            "entropy": (out["entropy"].sum(1) / lengths).mean(),
+            "completion_length": lengths.float().mean(), "cut": (~groups.finished).float().mean(),
+            "sampler_gap": gap.sum() / mask.sum()}
+
+
 def train_on(lens, optimizer, passes, factor, args, world, step):
-    """All updates on one batch of samples. -> {name: mean over the batch and the updates}, gradient
-    norm"""
+    """All updates on one batch of samples. -> {name: mean over batch and updates}, gradient norm"""
     scores, means = [None] * len(passes), 0
     for update in range(args.updates_per_batch):
         sums = 0
         for i, groups in enumerate(passes):
+            last = i + 1 == len(passes)
+            lens.set_requires_gradient_sync(last or not args.reduce_once)
             out = lens(groups.batch["pixel_values"], groups.batch["grid_thw"], groups.packed,
                        groups.features, args.temperature)
             if update == 0:
@@ -271,10 +282,10 @@ def train_on(lens, optimizer, passes, factor, args, world, step):
             found = backward_pass(out, groups, scores[i], args, world)
             sums = sums + torch.stack(list(found.values()))
         dist.all_reduce(sums)
-        sums = dict(zip(found, sums / args.batch))
-        norm = apply_update(lens, optimizer, factor, args, sums["loss"].item(), step)
-        means = means + torch.stack(list(sums.values())) / args.updates_per_batch
-    return dict(zip(sums, means.tolist())), norm
+        of_batch = dict(zip(found, (sums / args.batch).tolist()))
+        norm = apply_update(lens, optimizer, factor, args, of_batch["loss"], step)
+        means = means + sums / args.batch / args.updates_per_batch
+    return dict(zip(found, means.tolist())), norm
 
 
 def parameter_groups(lens, args):
@@ -286,25 +297,82 @@ def parameter_groups(lens, args):
             for prefix, rate in rates.items()]
 
 
-def main():
-    shared, args = parse_settings([SharedArgs, RLArgs], PRESETS, __doc__.splitlines()[0])
-    rank, world, device, mesh = start_processes(args.shard)
-    records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
-    total = plan_steps(args, world, len(records))
-    folder = open_output(args, (shared, args), rank)
-    lens, processor = build_lens(shared, "" if args.init == "none" else args.init)
-    frozen = set_trainable(lens, "rl")
-    sampler = copy_mllm(lens.train().mllm, shared.precision, device)
-    reference = Reference(copy_mllm(lens.mllm, shared.precision),
-                          lens.forbidden) if args.beta else None
+# --- Looking at a run -----------------------------------------------------------------------------
+
+def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
+    """Tokens per second over all processes, and the arithmetic of the update: 6 FLOPs per weight of
+    the language model and token of a packed row, 2 more for the reference; recomputed layers,
+    attention and pictures are not counted, as usual. -> {name: number}"""
+    sampled = sum(len(ids) for group in samples.completions for ids in group)
+    trained = sum(groups.packed.ids.numel() for groups in passes)
+    tokens = torch.tensor([sampled, trained], dtype=torch.float64)
+    dist.all_reduce(tokens)
+    sampled, trained = tokens.tolist()
+    weights = sum(p.numel() for p in lens.mllm.model.language_model.parameters())
+    per_token = 6 * weights * args.updates_per_batch + 2 * weights * (args.beta > 0)
+    flops = per_token * trained / world / max(seconds_update, 1e-9)  # of each GPU
+    row = {"sampled_per_second": round(sampled / max(seconds_sampling, 1e-9)),
+           "trained_per_second": round(trained / max(seconds_update, 1e-9)),
+           "tflops": round(flops / 1e12, 3)}
+    if args.gpu_tflops:
+        row["mfu"] = round(flops / 1e12 / args.gpu_tflops, 4)
+    if torch.cuda.is_available():
+        row["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return row
+
+
+@torch.no_grad()
+def validate(lens, sampler, fixed, rows, collate, decode, shared, args, rank, world, device):
+    """The same rows of val each time, answered greedily. Every process runs as many passes as any
+    other, since a pass is a collective; the rows that pad the last are not counted.
+    -> {"val_giou", "val_box_iou", "val_acc50"}"""
+    share, sums = -(-len(rows) // world), torch.zeros(3, device=device)
+    lens.eval()
+    for i in range(0, share, args.micro_batch):
+        places = [rank * share + j for j in range(i, min(i + args.micro_batch, share))]
+        items = [rows[min(place, len(rows) - 1)] for place in places]
+        batch = to_device(collate(items), device)
+        positions = prompt_positions(lens.mllm, batch)
+        samples = generate(sampler, batch, positions, 1, shared.max_completion, lens.eos,
+                           lens.forbidden, fixed=fixed)
+        groups, = make_groups(lens, None, batch, positions, samples, decode, args)
+        out = lens(batch["pixel_values"], batch["grid_thw"], groups.packed, groups.features,
+                   with_log_probs=False)
+        found = torch.stack([mask_rewards(out["mask_logits"], batch, 1.0), groups.r_box,
+                             (groups.r_box > 0.5).float()])  # (3, B, 1)
+        counted = torch.tensor([place < len(rows) for place in places], device=device)
+        sums += (found[:, :, 0] * counted).sum(1)
+    lens.train()
+    lens.reshard()  # no backward follows that would do it
+    dist.all_reduce(sums)
+    return dict(zip(("val_giou", "val_box_iou", "val_acc50"), (sums / len(rows)).tolist()))
+
+
+def load_models(shared, args, mesh, device):
+    """-> the policy and the reference (None without a KL term), both sharded, the sampling copy,
+    and the processor. All three MLLMs start from the same mapped files."""
+    lens, processor = build_lens(shared, "" if args.init == "none" else args.init, "auto")
+    frozen = set_trainable(lens.train(), "rl")
+    sampler = copy_mllm(lens.mllm, shared.precision, device)
+    reference = Reference(share_mllm(lens.mllm), lens.forbidden) if args.beta else None
     if args.gradient_checkpointing:
         lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
     shard(lens, mesh, shared.precision, frozen, args.reshard, args.offload)
     if reference:
         shard(reference, mesh, shared.precision, (), args.reshard, args.offload)
-    optimizer = torch.optim.AdamW(parameter_groups(lens, args), lr=args.lr, betas=(0.9,
-                                                                                   args.adam_beta2),
-                                  weight_decay=args.weight_decay)
+    return lens, reference, sampler, processor
+
+
+def main():
+    shared, args = parse_settings([SharedArgs, RLArgs], PRESETS, __doc__.splitlines()[0])
+    rank, world, device, mesh = start_processes(shared, args.shard)
+    records = read_records(shared.data, shared.datasets, ["train"])[:shared.limit or None]
+    total = plan_steps(args, world, len(records))
+    if args.val_every:
+        val = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), args.val_rows)
+    folder = open_output(args, (shared, args), rank)
+    lens, reference, sampler, processor = load_models(shared, args, mesh, device)
+    optimizer = make_optimizer(parameter_groups(lens, args), args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
     refresh(sampler, lens)
     if args.export:
@@ -312,37 +380,44 @@ def main():
     collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
                        shared.prompt)
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
-                              args.batch, rank, world, shared.workers)
+                              args.batch, rank, world, shared.workers, device)
+    share, G, longest = args.batch // world, args.group_size, shared.max_completion
+    fixed = fixed_cache(sampler, shared, share * G, device)
+    decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
     metrics = Metrics(folder, start, total, rank, args.log_to)
+    best = max((row.get("val_giou", -1) for row in metrics.rows), default=-1)
     received, began = watch_signals(), time.time()
-    first = rank * (args.batch // world)             # this rank's first place in the batch
     for step, batch in enumerate(loader, start):
         batch = to_device(batch, device)
         positions = prompt_positions(lens.mllm, batch)
-        uniforms = draw_uniforms(shared.seed, step, range(first, first + len(positions)),
-                                 args.group_size, shared.max_completion).to(device)
-        completions, finished = generate(sampler, batch, positions, args.group_size,
-                                         shared.max_completion, lens.eos, lens.forbidden, uniforms,
-                                         args.temperature)
-        texts = [processor.tokenizer.batch_decode(group, skip_special_tokens=True) for group
-                 in completions]
+        places = range(rank * share, (rank + 1) * share)  # of this rank's prompts in the batch
+        uniforms = draw_uniforms(shared.seed, step, places, G, longest).to(device)
+        samples = generate(sampler, batch, positions, G, longest, lens.eos, lens.forbidden,
+                           uniforms, args.temperature, fixed)
         sampled = time.time()
-        passes = make_groups(lens, reference, batch, positions, completions, texts, finished, args)
+        passes = make_groups(lens, reference, batch, positions, samples, decode, args)
         factor = learning_rate(step, total, args.warmup, "linear")
         means, norm = train_on(lens, optimizer, passes, factor, args, world, step)
         updated = time.time()
         refresh(sampler, lens)
-        now = time.time()
         row = {"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor,
-               "seconds": round(now - began, 3), "seconds_sampling": round(sampled - began, 3),
-               "seconds_refresh": round(now - updated, 3)}
-        began = now
+               **speed(lens, passes, samples, sampled - began, updated - sampled, args, world),
+               "seconds_sampling": round(sampled - began, 3),
+               "seconds_refresh": round(time.time() - updated, 3)}
+        if args.val_every and (step + 1) % args.val_every == 0:
+            row |= validate(lens, sampler, fixed, val, collate, decode, shared, args, rank, world,
+                            device)
+            if row["val_giou"] > best:
+                best = row["val_giou"]
+                export(folder / "best", lens, shared, sampler, processor)
+        row["seconds"] = round(time.time() - began, 3)
+        began = time.time()
         metrics.write(row, ("reward", "reward_format", "reward_box", "reward_mask"))
         if step % args.log_every == 0:
             metrics.say(f"step {step + 1}: reward {means['reward']:.3f} = format "
                         f"{means['reward_format']:.3f}, box {means['reward_box']:.3f}, mask "
                         f"{means['reward_mask']:.3f}; kl {means['kl']:.4f}\n"
-                        f"  {batch['texts'][0]!r} -> {texts[0][0]!r}")
+                        f"  {batch['texts'][0]!r} -> {decode(samples.completions[0])[0]!r}")
         if end_of_step(folder, step + 1, total, lens, optimizer, args, received, metrics):
             return
     export(folder, lens, shared, sampler, processor)
