@@ -1,5 +1,4 @@
-"""Stage 1, pretraining alignment (Eq. 5): the context queries and the connector learn to prompt SAM
-2.
+"""Stage 1, alignment (Eq. 5): the context queries and the connector learn to prompt SAM 2.
 
     python tests/tiny/world.py runs/shapes                         # the laptop's pictures, once
     python align.py --preset tiny                                  # a laptop, about two minutes
@@ -45,12 +44,12 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import (Collator, LensError, TrainingStream, answer_text, load_batches, read_records,
+from data import (Collator, LensError, TrainingStream, load_batches, read_records,
                   rescale_box, select, to_device, training_batches, write_whole)
+from grpo import segmentation_loss
 from model import (INHERITED, FixedCache, Lens, build_lens, context_module, context_positions,
-                   generate,
-                   prompt_positions, read_answers, read_run)
-from rewards import mask_iou
+                   generate, prompt_positions, read_answers, read_run)
+from rewards import answer_text, mask_iou
 
 # --- Settings: what every script shares, what both stages ask, stage 1's own ----------------------
 
@@ -59,6 +58,13 @@ def flag(default, help):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def at_least_one(args, *names):
+    for name in names:
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise LensError(f"--{flag} must be at least 1, not {getattr(args, name)}")
 
 
 @dataclass
@@ -74,14 +80,12 @@ class SharedArgs:
                     "(facebook/sam2.1-hiera-large) or a folder (config.yaml, model.pt)")
     num_queries: int = flag(64, "M, context queries (Table 3)")
     connector: Literal["vit", "mlp"] = flag("vit", "connector between MLLM and SAM (Table 4)")
-    connector_heads: int = flag(16, "attention heads of the ViT connector; divides the MLLM's "
-                                "hidden size")
+    connector_heads: int = flag(16, "heads of the ViT connector; divides the MLLM's hidden size")
     prompt_tokens: Literal["all", "one"] = flag(
         "all", "tokens SAM is prompted with: all M, or one squeezed from them (released code)")
     prompt: Literal["paper", "released", "released-cot"] = flag(
         "paper", "Fig. 4's prompt, or the released code's without and with reasoning")
-    positions: Literal["mrope", "1d"] = flag("mrope",
-                                             "positions in the context pass; 1d: released code")
+    positions: Literal["mrope", "1d"] = flag("mrope", "of the context pass; 1d: released code")
     multimask: bool = flag(False, "outside stage 2, let SAM fall back on its multi-mask "
                            "tokens where one mask is unstable (released code)")
     data: str = flag("datasets", "folder that holds the datasets, laid out as data.py says")
@@ -93,19 +97,14 @@ class SharedArgs:
     max_completion: int = flag(768, "longest completion, in tokens")
     precision: Literal["bf16", "fp32"] = flag(
         "bf16", "compute precision of MLLM, connector and SAM's image encoder; masters are fp32")
-    device: Literal["auto", "cuda", "cpu"] = flag("auto",
-                                                  "auto takes the GPUs, where there are any")
-    compile: Literal["auto", "on", "off"] = flag(
-        "auto", "compile the decoding step; auto: on GPUs")
+    device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto takes GPUs where there are any")
+    compile: Literal["auto", "on", "off"] = flag("auto", "compile the decoding step; auto: on GPUs")
     limit: int = flag(0, "use only so many training objects, or evaluation rows; 0 uses all")
     seed: int = flag(42, "the only source of randomness: data order, initial queries, samples")
     workers: int = flag(4, "processes that load pictures")
 
     def __post_init__(self):
-        for name in ("num_queries", "connector_heads", "max_prompt", "max_completion"):
-            if getattr(self, name) < 1:
-                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not "
-                                f"{getattr(self, name)}")
+        at_least_one(self, "num_queries", "connector_heads", "max_prompt", "max_completion")
         if min(self.workers, self.max_pixels, self.limit) < 0:
             raise LensError("--workers, --max-pixels and --limit must not be negative")
 
@@ -116,8 +115,7 @@ class TrainArgs:
     output: str = flag("runs/out", "folder for metrics.jsonl, checkpoints and the finished model")
     resume: bool = flag(False, "go on from OUTPUT's last checkpoint, with the settings of "
                         "that run; flags override them")
-    export: bool = flag(False, "with --resume: write OUTPUT's last checkpoint as a finished "
-                        "model and stop")
+    export: bool = flag(False, "with --resume: write the last checkpoint as a finished model")
     init: str = flag("", "a finished run to start from")
     batch: int = flag(128, "prompts per step, over all processes")
     micro_batch: int = flag(1, "prompts per forward and backward pass of one process")
@@ -132,28 +130,21 @@ class TrainArgs:
     log_every: int = flag(10, "steps between printed lines")
     save_every: int = flag(100, "steps between checkpoints")
     keep: int = flag(2, "checkpoints to keep; older ones are removed")
-    shard: Literal["full", "hybrid"] = flag("full",
-                                            "hybrid: shard within a node, copies between nodes")
-    reshard: bool = flag(True, "free a layer's gathered weights after its forward; off is "
-                         "faster and takes more memory")
+    shard: Literal["full", "hybrid"] = flag("full", "hybrid: shards in a node, copies between")
+    reshard: bool = flag(True, "free a layer's gathered weights after its forward; off takes more "
+                               "memory and less traffic")
     offload: bool = flag(False, "keep shards, gradients and optimizer in CPU memory (CUDA only)")
-    reduce_once: bool = flag(False,
-                             "reduce gradients once a step, not once a pass: less traffic, but "
-                                    "4 bytes per parameter more on every GPU (see tests/plan.py)")
+    reduce_once: bool = flag(False, "reduce gradients once a step, not once a pass: 4 bytes per "
+                                    "parameter more on every GPU, less traffic (tests/plan.py)")
     log_to: Literal["", "wandb", "tensorboard"] = flag(
         "", "also send metrics there, if that package is installed")
 
     def __post_init__(self):
-        for name in ("batch", "micro_batch", "epochs", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise LensError(f"--{name.replace('_', '-')} must be at least 1, not "
-                                f"{getattr(self, name)}")
+        at_least_one(self, "batch", "micro_batch", "epochs", "log_every", "save_every", "keep")
         if not self.lr > 0 or not 0 < self.adam_beta2 < 1 or not self.max_grad_norm > 0:
-            raise LensError("--lr and --max-grad-norm must be positive, --adam-beta2 between "
-                            "0 and 1")
+            raise LensError("--lr and --max-grad-norm must be positive, --adam-beta2 in (0, 1)")
         if self.export and not self.resume:
-            raise LensError("--export goes with --resume: it writes OUTPUT's last checkpoint "
-                            "as a finished model")
+            raise LensError("--export writes OUTPUT's last checkpoint: it goes with --resume")
         if min(self.steps, self.warmup, self.weight_decay) < 0:
             raise LensError("--steps, --warmup and --weight-decay must not be negative")
 
@@ -194,7 +185,8 @@ def parse_settings(classes, presets, description):
         return getattr(early, name) or parser.get_default(name)
     try:
         if chosen("checkpoint"):
-            parser.set_defaults(**without(read_run(chosen("checkpoint")), "limit"))
+            saved = read_run(chosen("checkpoint"))
+            parser.set_defaults(**without(saved, "limit", "device", "compile"))
         elif early.resume:
             path = Path(chosen("output")) / "settings.json"
             remembered = json.loads(path.read_text()) if path.exists() else {}
@@ -214,8 +206,7 @@ def without(settings, *names):
 
 def run(main):
     """A script's entry: an error meant for the user is one line, not a traceback. (What a loader's
-    process raised arrives as the text of its traceback, which ends with the error's name and
-    message.)"""
+    process sends is the text of its traceback, which ends with the error's name and message.)"""
     try:
         main()
     except LensError as error:
@@ -238,8 +229,7 @@ def choose_device(shared):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if shared.device == "auto" and shared.preset == "tiny":
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{local} processes and {found} GPUs: the tiny preset runs on the CPU",
-                  flush=True)
+            print(f"{local} processes, {found} GPUs: the tiny preset runs on the CPU", flush=True)
         return torch.device("cpu")
     raise LensError(f"{local} processes on this machine, but {found} GPUs. Start one process a GPU "
                     f"(torchrun --nproc_per_node={max(1, found)}), or take --device cpu.")
@@ -258,16 +248,13 @@ def start_processes(shared, kind="full"):
     torch.backends.cudnn.allow_tf32 = tf32
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(hours=2)  # a rank may have long answers to write while the others wait
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=patience, **alone)
     world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if kind == "full":
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shards",))
-    else:
-        mesh = init_device_mesh(device.type, (world // of_node, of_node),
-                                mesh_dim_names=("copies", "shards"))
+    shape, names = (world,), ("shards",)
+    if kind == "hybrid":
+        shape, names = (world // of_node, of_node), ("copies", "shards")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return dist.get_rank(), world, device, mesh
 
 
@@ -279,8 +266,7 @@ NEVER_TRAINED = ("point_embed", "not_a_point", "mask_downscaling", "iou_predicti
 
 def set_trainable(lens, stage):
     """Stage 1 ("align") trains the context queries and the connector; stage 2 ("rl") everything but
-    SAM's image encoder (Fig. 2). -> the frozen parameters, which `shard` keeps whole on every
-    rank."""
+    SAM's image encoder (Fig. 2). -> the frozen parameters, whole on every rank (see `shard`)."""
     lens.requires_grad_(stage == "rl")
     lens.image_encoder.requires_grad_(False)
     context_module(lens).requires_grad_(True)
@@ -367,7 +353,7 @@ def load_checkpoint(folder, lens, optimizer):
     last = sorted((Path(folder) / "checkpoints").glob("step_*"))[-1]
     weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
-    rates = [group["peak_lr"] for group in optimizer.param_groups]
+    flags = [{**group, "params": None} for group in optimizer.param_groups]
     try:
         dcp.load(saved, checkpoint_id=str(last))
     except (Exception, CheckpointException) as error:                # the latter is no Exception
@@ -377,8 +363,8 @@ def load_checkpoint(folder, lens, optimizer):
                         f"({reason})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=TRAINED)
-    for group, rate in zip(optimizer.param_groups, rates):  # the flags' rates, not the saved ones
-        group["peak_lr"] = rate
+    for group, settings in zip(optimizer.param_groups, flags):
+        group.update({**settings, "params": group["params"]})  # the flags win over what was saved
     return int(saved["step"])
 
 
@@ -420,17 +406,15 @@ def export(folder, lens, shared, mllm=None, processor=None):
 # --- A run: its folder, its length, its schedule, its metrics -------------------------------------
 
 def open_output(args, settings, rank):
-    """-> the run's folder, with settings.json in it. An earlier run there is never overwritten
-    silently."""
+    """-> the run's folder, with settings.json in it. No earlier run is overwritten silently."""
     folder = Path(args.output)
     found = list((folder / "checkpoints").glob("step_*"))
     if (folder / "metrics.jsonl").exists() and not args.resume:
         raise LensError(f"{folder} holds a run already. Go on with it (--resume), name another "
                         "--output, or remove it.")
     if args.resume and not found:
-        raise LensError(f"--resume: there is no checkpoint in {folder / 'checkpoints'}. Name "
-                        "the --output of a run that saved one, or start it anew without "
-                        "--resume in an empty folder.")
+        raise LensError(f"--resume: there is no checkpoint in {folder / 'checkpoints'}. Name the "
+                        f"--output of a run that saved one, or start anew in an empty folder.")
     dist.barrier()                                   # nobody writes before all have looked
     if rank == 0 and not args.export:
         together = {name: value for part in settings for name, value in asdict(part).items()}
@@ -439,8 +423,7 @@ def open_output(args, settings, rank):
 
 
 def plan_steps(args, world, objects):
-    """-> steps of the whole run. A batch must split evenly over processes, and a share over
-    passes."""
+    """-> steps of the whole run. A batch must split evenly over processes and passes."""
     unit = world * args.micro_batch
     if args.batch % unit:
         below = args.batch // unit * unit
@@ -452,8 +435,7 @@ def plan_steps(args, world, objects):
 
 
 def learning_rate(step, total, warmup, shape):
-    """Factor of the peak rate at `step`: linear warm-up, then `cosine` (stage 1) or `linear` (stage
-    2) to zero."""
+    """Factor of the peak rate: linear warm-up, then `cosine` (stage 1) or `linear` to zero."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -462,8 +444,7 @@ def learning_rate(step, total, warmup, shape):
 
 class Metrics:
     """metrics.jsonl, one object per step, and a progress bar; only rank 0 writes. A resumed run
-    first cuts the lines after the restored step, so that the file reads as if nothing had
-    happened."""
+    cuts the lines after the restored step: the file reads as if nothing had happened."""
 
     def __init__(self, folder, start, total, rank, log_to=""):
         self.path, self.rank = folder / "metrics.jsonl", rank
@@ -494,13 +475,13 @@ class Metrics:
 
 def open_tracker(name, folder):
     """--log-to -> a function that takes one row of metrics, or None."""
-    if not name:
-        return None
     try:
         if name == "wandb":
             import wandb
             wandb.init(dir=str(folder), name=folder.name)
             return lambda row: wandb.log(row, step=row["step"])
+        if name != "tensorboard":
+            return None
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise LensError(f"--log-to {name}: that package is not installed "
@@ -516,7 +497,6 @@ def open_tracker(name, folder):
 def watch_signals():
     """SIGTERM and SIGUSR1, a scheduler's warnings, end the run after the step with a checkpoint.
     -> a list, filled then.
-
     SIGTERM may go to torchrun, which passes it on, waits 30 seconds and kills: enough for a short
     step. SIGUSR1 waits as long as the step takes, but goes to the training processes alone (pkill
     -USR1 -P TORCHRUN_PID), since torchrun itself dies of it. Loaders' processes ignore both."""
@@ -538,22 +518,7 @@ def end_of_step(folder, step, total, lens, optimizer, args, received, metrics):
     return bool(told) and step < total
 
 
-# --- Loss and update ------------------------------------------------------------------------------
-
-def segmentation_loss(logits, truth, focal=False, weights=None):
-    """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's;
-    the paper names dice and focal as examples). logits (N, h, w) at the decoder's resolution S/4;
-    truth (N, h, w) in [0, 1], area-averaged to it; weights (N, h, w) in [0, 1], the share of each
-    cell that is not ignored. -> (N,), 0 where all is ignored"""
-    weights = torch.ones_like(truth) if weights is None else weights
-    p = logits.sigmoid()
-    overlap = (weights * p * truth).sum((1, 2))
-    dice = 1 - (2 * overlap + 1) / ((weights * (p + truth)).sum((1, 2)) + 1)
-    pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    if focal:                                        # Lin et al. 2017, gamma 2, alpha 0.25
-        pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
-    return dice + (weights * pixel).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)
-
+# --- The update -----------------------------------------------------------------------------------
 
 def apply_update(lens, optimizer, factor, args, loss, step):
     """Clip, step, clear; `factor` scales each group's own peak rate. -> gradient norm before

@@ -46,6 +46,8 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from rewards import chat_messages
+
 
 class LensError(Exception):
     """What a user can mend: the message names the file or flag and the way out."""
@@ -59,62 +61,7 @@ def write_whole(path, text):
     unfinished.replace(path)
 
 
-# --- The prompt (Fig. 4) and the answer it asks for -----------------------------------------------
-
-SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and \
-provide its bounding box.
-
-Please:
-1. Analyze all objects in the image carefully
-2. Compare candidates against the target description
-3. Select the most closely matching object
-4. Provide precise bounding box coordinates
-
-Format your response as:
-<think>
-[Your step-by-step analysis and reasoning]
-</think>
-<answer>
-```json
-[
-  {"bbox_2d": [x1,y1,x2,y2], "label": question}
-]
-```
-</answer>'''
-
-# What the released checkpoints were trained on, word for word: without reasoning, and with it
-RELEASED_PROMPTS = {
-    "released": "Output the bounding box of the {question} in the image.",
-    "released-cot": 'Locate "{question}", report the bbox coordinates in JSON format.Compare the '
-                    "difference between objects and find the most closely matched one.Output the "
-                    "thinking process in <think> </think> and final answer in <answer> </answer> "
-                    "tags.Output the one bbox inside the interested object in JSON format.i.e., "
-                    "<think>thinking process here</think><answer>answer here</answer>"}
-
-
-def chat_messages(text, prompt="paper"):
-    """The conversation about one expression: Fig. 4's, or one with a released prompt."""
-    if prompt == "paper":
-        system, user = SYSTEM_PROMPT.replace("{object}", text), text
-    else:
-        system = "You are a helpful assistant. "
-        user = RELEASED_PROMPTS[prompt].replace("{question}", text)
-    return [{"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]}]
-
-
-def answer_text(box, label, reasoning=None, prompt="paper"):
-    """The response Fig. 4 asks for, with `box` in the MLLM frame. Without `reasoning`, the answer
-    block alone (stage 1's `--context true`); with a released prompt, what their code puts there."""
-    x1, y1, x2, y2 = (round(v) for v in box)
-    if prompt != "paper":
-        return (f"<|object_ref_start|>{label}.<|object_ref_end|>"
-                f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
-    label = json.dumps(label, ensure_ascii=False)
-    found = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}'
-    answer = f"<answer>\n```json\n[\n  {found}\n]\n```\n</answer>"
-    return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n{answer}"
-
+# --- Frames of boxes ------------------------------------------------------------------------------
 
 def rescale_box(box, source, target):
     """A box from a frame of `source` = (width, height) to one of `target` = (width, height). All
@@ -148,8 +95,7 @@ DATASETS = {
     "refcocog-google": {"train": (44822, 85474), "val": (5000, 9536)},      # they share pictures
     "reasonseg": {"train": (239, None), "val": (200, 200), "test": (779, 779)},
     "groundingsuite": {"eval": (3715, 3715)},
-    "shapes": {"train": (4000, None), "val": (700, None),
-               "testA": (300, None), "testB": (300, None)},
+    "shapes": dict(train=(4000, None), val=(700, None), testA=(300, None), testB=(300, None)),
 }
 REFS_FILES = {"refcocog": ("refcocog", "refs(umd).p"),            # else (dataset, "refs(unc).p")
               "refcocog-google": ("refcocog", "refs(google).p")}
@@ -405,8 +351,8 @@ def decode_mask(segmentation, size):
     if isinstance(segmentation, list):
         if any(np.ndim(polygon) != 1 for polygon in segmentation):
             raise ValueError("a polygon is a flat list x, y, x, y, ...")
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:                            # two points enclose nothing
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]   # 2 enclose nothing
+        if not polygons:
             return np.zeros(size, bool)
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
     elif isinstance(segmentation["counts"], list):
@@ -521,11 +467,16 @@ def load_item(record, text_index):
 
 # --- Order and batches ----------------------------------------------------------------------------
 
-class Rows(Dataset):
-    """(record, index of one of its texts) pairs, decoded when asked for."""
+class EvaluationRows(Dataset):
+    """(record, index of one of its texts), decoded when asked for. Every expression of every object
+    is a row (the field's metric); `limit` takes rows evenly, `rows` gives them as they are."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, records=(), limit=None, rows=None):
+        self.rows = rows or [(record, i) for record in records for i in range(len(record["texts"]))]
+        self.total = len(self.rows)
+        if limit and limit < self.total:
+            keep = np.linspace(0, self.total - 1, limit).astype(int)
+            self.rows = [self.rows[i] for i in keep]
 
     def __len__(self):
         return len(self.rows)
@@ -536,17 +487,6 @@ class Rows(Dataset):
     def key(self, k):
         record, text = self.rows[k]
         return f"{record['id']}/{text}"
-
-
-class EvaluationRows(Rows):
-    """Every expression of every object is a row (the field's metric). `limit` takes rows evenly."""
-
-    def __init__(self, records, limit=None):
-        rows = [(record, i) for record in records for i in range(len(record["texts"]))]
-        self.total = len(rows)
-        if limit and limit < self.total:
-            rows = [rows[i] for i in np.linspace(0, self.total - 1, limit).astype(int)]
-        super().__init__(rows)
 
 
 class TrainingStream(Dataset):
@@ -576,14 +516,9 @@ class TrainingStream(Dataset):
         chosen = {}
         for k in range(first, last):
             record, text = self.choose(k)
-            chosen[record["id"], text] = (record, text)
-        return Rows(sorted(chosen.values(), key=size_of_prompt, reverse=True))
-
-
-def size_of_prompt(row):
-    record, text = row
-    height, width = record["size"] or (0, 0)
-    return height * width, len(record["texts"][text])
+            chosen[record["id"], text] = math.prod(record["size"] or (0,)), (record, text)
+        largest_first = sorted(chosen.values(), key=lambda sized: sized[0], reverse=True)
+        return EvaluationRows(rows=[row for _, row in largest_first])
 
 
 SAM_MEAN, SAM_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -676,7 +611,7 @@ def training_batches(stream, collate, start, steps, batch, rank, world, workers,
 
 def load_batches(rows, batches, collate, workers, device):
     """A DataLoader over lists of indices. Its processes ignore the signals that end a run (see
-    align.watch_signals), for torchrun sends them to every process, and a run without loaders dies."""
+    align.watch_signals): torchrun sends them to every process, and without loaders a run dies."""
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                       worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
 
@@ -691,9 +626,8 @@ def ignore_signals(worker):
 def check(root):
     """Read every annotation below root, decode its mask, and print counts beside the published ones
     and what is broken. -> 1 where something is broken, else 0."""
-    found, broken = find_datasets(root), 0
-    for dataset, splits in found.items():
-        broken += sum(check_split(root, dataset, split) for split in splits)
+    found = find_datasets(root)
+    broken = sum(check_split(root, name, split) for name in found for split in found[name])
     if not found:
         print(f"{root}: no dataset here. data.py's first lines show where each belongs.")
     return int(broken > 0 or not found)

@@ -46,9 +46,9 @@ from tqdm import tqdm
 from align import TINY, SharedArgs, fixed_cache, flag, parse_settings, run, start_processes
 from data import (Collator, EvaluationRows, LensError, find_datasets, load_batches, load_picture,
                   read_records, rescale_box, to_device, write_whole)
-from model import (SamHead, build_lens, context_positions, draw_uniforms, full_size_masks,
-                   generate, load_sam, pack_groups, prompt_positions)
-from rewards import box_iou, find_box, format_reward, mask_counts
+from model import (SamHead, build_lens, context_positions, draw_uniforms, generate, load_sam,
+                   pack_groups, prompt_positions)
+from rewards import box_iou, find_box, format_reward, full_size_masks, mask_counts
 
 
 @dataclass

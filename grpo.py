@@ -24,6 +24,7 @@ advantages sum to zero, so the value starts at about 0, and then it rises by bet
 gradient is not zero, and that is what learns: it raises each token's log-probability by the
 advantage of its completion. Watch the rewards."""
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -32,6 +33,21 @@ def policy_logits(lm_head, hidden, forbidden, temperature):
     same forbidden tokens in both places, else the objective's probabilities are not those of the
     samples."""
     return (lm_head(hidden).float() / temperature).masked_fill(forbidden, -1e9)
+
+
+def pick_tokens(logits, uniforms=None):
+    """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in
+    [0, 1)."""
+    if uniforms is None:
+        return logits.argmax(-1)
+    cdf = logits.softmax(-1).double().cumsum(-1)
+    total = cdf[:, -1:]
+    just_below = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniforms[:, None] * total, just_below)
+    # the first interval that holds u, never one of width 0
+    found = torch.searchsorted(cdf, target, right=True)[:, 0]
+    # NaN finds none: training stops at its loss, not here
+    return found.clamp(max=logits.shape[-1] - 1)
 
 
 def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=128):
@@ -55,8 +71,8 @@ def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=
 def completion_table(values, mask):
     """Values (tokens,) of all completions, one after another -> (N, T), 0 where there is no
     token."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask,
-                                                                                            values)
+    table = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return table.masked_scatter(mask, values)
 
 
 def group_advantages(rewards, delta=1e-4, correction=0):
@@ -141,3 +157,18 @@ def _clip_fraction(log_probs, old_log_probs, advantages, mask, clip_eps):
     too_low = (ratio < 1 - clip_eps) & (advantages < 0)
     clipped = (too_high | too_low) & mask
     return clipped.sum() / mask.sum().clamp(min=1)
+
+
+def segmentation_loss(logits, truth, focal=False, weights=None):
+    """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's;
+    the paper names dice and focal as examples). logits (N, h, w) at the decoder's resolution S/4;
+    truth (N, h, w) in [0, 1], area-averaged to it; weights (N, h, w) in [0, 1], the share of each
+    cell that is not ignored. -> (N,), 0 where all is ignored"""
+    weights = torch.ones_like(truth) if weights is None else weights
+    p = logits.sigmoid()
+    overlap = (weights * p * truth).sum((1, 2))
+    dice = 1 - (2 * overlap + 1) / ((weights * (p + truth)).sum((1, 2)) + 1)
+    pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    if focal:                                        # Lin et al. 2017, gamma 2, alpha 0.25
+        pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
+    return dice + (weights * pixel).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)

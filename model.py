@@ -5,8 +5,7 @@
     Eq. 3   Q_seg = connector(Q')                                 Connector
     Eq. 4   P_seg = sam(Q_seg, I)                                 SamHead
 
-One group is a prompt and its G completions. They share the picture and the prompt, so the group is
-one packed row
+A group is a prompt and its G completions. They share picture and prompt, so it is one packed row
 
     [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
 
@@ -44,7 +43,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from data import LensError
-from grpo import completion_table, policy_logits, token_log_probs
+from grpo import completion_table, pick_tokens, policy_logits, token_log_probs
 
 # --- The parts: connector (Eq. 3) and SAM's head (Eq. 4) ------------------------------------------
 
@@ -158,16 +157,16 @@ def context_positions(positions, kind):
 class GroupLayout:
     """Where the completions of packed rows lie, for group_attention. S = T + M here: the longest
     completion and its queries."""
-    P: int                     # tokens of the longest prompt; every row begins with its prompt
+    P: int                # tokens of the longest prompt; every row begins with its prompt
     places: torch.Tensor  # (N, S) flat index b * L + l of its tokens and queries, 0 for padding
-    mask: torch.Tensor  # (N, 1, S, P + S) bool: what each of them sees of its prompt and of itself
-    slots: torch.Tensor        # (filled,) the slots among N * S that hold a token or query
+    mask: torch.Tensor    # (N, 1, S, P + S) bool: what each sees of its prompt and of itself
+    slots: torch.Tensor   # (filled,) the slots among N * S that hold a token or query
 
 
 @dataclass
 class PackedGroups:
     """B groups as B packed rows, see pack_groups."""
-    ids: torch.Tensor  # (B, L) prompt and completion tokens, 0 where a query or padding stands
+    ids: torch.Tensor          # (B, L) prompt and completion tokens, 0 for queries and padding
     positions: torch.Tensor    # (3, B, L) every completion continues from its prompt's end
     queries: torch.Tensor      # (N, M) flat index b * L + l of each context query
     predictors: torch.Tensor   # (tokens,) flat index of the state that predicts each token
@@ -177,11 +176,9 @@ class PackedGroups:
 
 
 def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
-    """Lay out B groups as B packed rows on `device`. The first token of every completion is
-    predicted by the prompt's last state.
-
-    prompt_ids: B x (P_b,); positions: B x (3, P_b); completions: B x G x (T_i,) long, all on the
-    CPU."""
+    """Lay out B groups as B packed rows on `device`; a completion's first token is predicted by the
+    prompt's last state. On the CPU come prompt_ids, B x (P_b,); positions, B x (3, P_b);
+    completions, B x G x (T_i,)."""
     B, G = len(prompt_ids), len(completions[0])
     P = max(len(ids) for ids in prompt_ids)
     T = max(len(completion) for group in completions for completion in group)
@@ -197,7 +194,7 @@ def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
         row_positions[:, b, :len(ids)] = position
         first_position = int(position.max()) + 1
         last_of_prompt = torch.tensor([b * L + len(ids) - 1])
-        start = len(ids)                                         # of the completion, within its row
+        start = len(ids)  # of the completion, within its row
         for g, completion in enumerate(group):
             tokens, length = len(completion), len(completion) + M
             n, flat = b * G + g, b * L + start + torch.arange(length)
@@ -384,30 +381,7 @@ class Lens(nn.Module):
         return out
 
 
-def full_size_masks(logits, size):
-    """Mask logits (G, S/4, S/4) -> (G, H, W) bool at the picture's own size, as SAM 2's
-    post-processing does: SAM's square covers the whole picture, so this is one bilinear resize."""
-    resized = F.interpolate(logits[None].float(), tuple(size), mode="bilinear",
-                            align_corners=False)[0]
-    return resized > 0
-
-
 # --- Sampling (Eq. 1) -----------------------------------------------------------------------------
-
-def pick_tokens(logits, uniforms=None):
-    """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in
-    [0, 1)."""
-    if uniforms is None:
-        return logits.argmax(-1)
-    cdf = logits.softmax(-1).double().cumsum(-1)
-    total = cdf[:, -1:]
-    just_below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms[:, None] * total, just_below)
-    # the first interval that holds u, never one of width 0
-    found = torch.searchsorted(cdf, target, right=True)[:, 0]
-    # NaN finds none: training stops at its loss, not here
-    return found.clamp(max=logits.shape[-1] - 1)
-
 
 def draw_uniforms(seed, step, prompts, G, T):
     """(len(prompts) * G, T) in [0, 1): a row is a function of (seed, step, place of the prompt in
@@ -598,10 +572,8 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
 # --- Loading --------------------------------------------------------------------------------------
 
 ARCHITECTURE = ("num_queries", "connector", "connector_heads", "prompt_tokens")
-# what stage 2 takes over from stage 1
-INHERITED = (*ARCHITECTURE, "prompt", "positions", "multimask")
-# official file name -> its yaml
-SAM_CONFIGS = {file: config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}
+INHERITED = (*ARCHITECTURE, "prompt", "positions", "multimask")  # stage 2's from stage 1
+SAM_CONFIGS = {file: yaml for yaml, file in HF_MODEL_ID_TO_FILENAMES.values()}
 
 
 def read_run(folder):
@@ -614,26 +586,24 @@ def read_run(folder):
                         f"align.py, then train_rl.py. A checkpoint as published by the authors "
                         f"becomes one with tests/convert_released.py.") from None
     except ValueError as error:
-        raise LensError(f"{path} is damaged ({error}). Export the run again: --resume "
-                        f"--export.") from None
+        raise LensError(f"{path} is damaged ({error}). Write it anew: --resume --export") from None
 
 
 def load_sam(path, with_weights=True):
     """SAM 2 from a folder (config.yaml, model.pt), a checkpoint under its official name or a hub
     id; the sam2 package holds the official configurations. Built from that yaml as sam2.build_sam
     does without post-processing; loaded strictly."""
+    name = HF_MODEL_ID_TO_FILENAMES.get(path, (None, Path(path).name))[1]
     if path in HF_MODEL_ID_TO_FILENAMES:
-        file = HF_MODEL_ID_TO_FILENAMES[path][1]
-        path = fetch_sam(path, file) if with_weights else file
+        path = fetch_sam(path, name) if with_weights else name
     path = Path(path)
     if path.is_dir():
         config, weights = path / "config.yaml", path / "model.pt"
         remedy = "A folder has config.yaml and model.pt"
-    elif path.name in SAM_CONFIGS:
-        config, weights = Path(sam2.__path__[0]) / SAM_CONFIGS[path.name], path
-        remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} "
-                  f"{path.name} --local-dir {path.parent}; or try the method without any "
-                  "download: --preset tiny")
+    elif name in SAM_CONFIGS:
+        config, weights = Path(sam2.__path__[0]) / SAM_CONFIGS[name], path
+        remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} {name} "
+                  f"--local-dir {path.parent}; or try the method first: --preset tiny")
     else:
         raise LensError(f"--sam {path}: not a folder, not one of SAM 2's file names "
                         f"({', '.join(SAM_CONFIGS)}), and not one of its hub ids "
@@ -642,12 +612,11 @@ def load_sam(path, with_weights=True):
         if not file.exists():
             raise LensError(f"{file} is missing. {remedy}.")
     sam = instantiate(OmegaConf.load(config).model, _recursive_=True)
-    if with_weights:
-        try:
+    try:
+        if with_weights:
             sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
-        except Exception as error:                   # a damaged file can raise nearly anything
-            reason = str(error)[:300]
-            raise LensError(f"{weights}: not the weights of {config} ({reason})") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise LensError(f"{weights}: not the weights of {config} ({str(error)[:300]})") from None
     return sam
 
 
@@ -656,9 +625,9 @@ def fetch_sam(hub_id, file):
     try:
         return hf_hub_download(hub_id, file)
     except (OSError, ValueError) as error:
-        raise LensError(f"--sam {hub_id}: could not be fetched. Where there is a network: hf "
-                        f"download {hub_id} {file} --local-dir weights; then --sam "
-                        f"weights/{file} ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise LensError(f"--sam {hub_id}: could not be fetched ({reason}). Take weights/{file} "
+                        f"after: hf download {hub_id} {file} --local-dir weights") from None
 
 
 def load_mllm(path, dtype):
@@ -667,22 +636,20 @@ def load_mllm(path, dtype):
     try:
         family = AutoConfig.from_pretrained(path).model_type
         if family not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-            raise ValueError(f"its config says {family}, which is none of qwen2_vl, "
-                             "qwen2_5_vl, qwen3_vl")
+            raise ValueError(f"it is of {family}, not of qwen2_vl, qwen2_5_vl or qwen3_vl")
         mllm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         return mllm, AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise LensError(f"--mllm {path}: could not be loaded. Download it (hf download {path}) "
-                        "or give the folder that holds its config.json and safetensors; or "
-                        "try the method without any download: --preset tiny. "
-                        f"({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise LensError(f"--mllm {path}: could not be loaded ({reason}). Download it (hf download "
+                        f"{path}), give the folder of its config.json and safetensors, or try the "
+                        f"method first: --preset tiny") from None
 
 
 def forbidden_tokens(tokenizer, vocab_size, prompt="paper"):
     """(V,) bool: what must never be sampled. Every special token but the end token (a sampled
     picture token would break the next forward), and rows of the vocabulary beyond the tokenizer's
-    last token. Answers to the released prompts may hold Qwen's own marks of an object and its
-    box."""
+    last token. Answers to released prompts may hold Qwen's marks of an object and its box."""
     forbidden = torch.arange(vocab_size) >= len(tokenizer)
     allowed = {tokenizer.eos_token}
     if prompt != "paper":
@@ -702,8 +669,7 @@ def context_module(lens):
 
 def build_lens(args, folder="", dtype=torch.float32):
     """-> (Lens, processor). With `folder`, a finished run: its context module and SAM head, and its
-    MLLM (folder/mllm) and SAM 2 (folder/sam) where it brings them; else those that --mllm and --sam
-    name."""
+    own MLLM and SAM 2 in place of --mllm and --sam where it has folder/mllm and folder/sam."""
     if folder:
         folder, saved = Path(folder), read_run(folder)
         for name in ARCHITECTURE:
@@ -718,7 +684,7 @@ def build_lens(args, folder="", dtype=torch.float32):
         size = dict(processor.image_processor.size)  # "longest_edge" counts pixels, not an edge
         size["longest_edge"] = min(size["longest_edge"], args.max_pixels)
         processor.image_processor.size = size
-    torch.manual_seed(args.seed)                                 # the initial queries and connector
+    torch.manual_seed(args.seed)  # the initial queries and connector
     forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features, args.prompt)
     lens = Lens(mllm, sam, args, forbidden, processor.tokenizer.eos_token_id)
     if folder:

@@ -23,6 +23,66 @@ import math
 import re
 
 import torch
+import torch.nn.functional as F
+
+# --- The prompt (Fig. 4), and the answer it asks for ----------------------------------------------
+
+SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and \
+provide its bounding box.
+
+Please:
+1. Analyze all objects in the image carefully
+2. Compare candidates against the target description
+3. Select the most closely matching object
+4. Provide precise bounding box coordinates
+
+Format your response as:
+<think>
+[Your step-by-step analysis and reasoning]
+</think>
+<answer>
+```json
+[
+  {"bbox_2d": [x1,y1,x2,y2], "label": question}
+]
+```
+</answer>'''
+
+# What the released checkpoints were trained on, word for word: without reasoning, and with it
+RELEASED_PROMPTS = {
+    "released": "Output the bounding box of the {question} in the image.",
+    "released-cot": 'Locate "{question}", report the bbox coordinates in JSON format.Compare the '
+                    "difference between objects and find the most closely matched one.Output the "
+                    "thinking process in <think> </think> and final answer in <answer> </answer> "
+                    "tags.Output the one bbox inside the interested object in JSON format.i.e., "
+                    "<think>thinking process here</think><answer>answer here</answer>"}
+
+
+def chat_messages(text, prompt="paper"):
+    """The conversation about one expression: Fig. 4's, or one with a released prompt."""
+    if prompt == "paper":
+        system, user = SYSTEM_PROMPT.replace("{object}", text), text
+    else:
+        system = "You are a helpful assistant. "
+        user = RELEASED_PROMPTS[prompt].replace("{question}", text)
+    return [{"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]}]
+
+
+def answer_text(box, label, reasoning=None, prompt="paper"):
+    """The response Fig. 4 asks for, with `box` in the MLLM frame. Without `reasoning`, the answer
+    block alone (stage 1's `--context true`); with a released prompt, what their code puts there."""
+    x1, y1, x2, y2 = (round(v) for v in box)
+    if prompt != "paper":
+        return (f"<|object_ref_start|>{label}.<|object_ref_end|>"
+                f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
+    label = json.dumps(label, ensure_ascii=False)
+    found = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}'
+    answer = f"<answer>\n```json\n[\n  {found}\n]\n```\n</answer>"
+    return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n{answer}"
+
+
+# --- Text -> box and format -----------------------------------------------------------------------
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
@@ -102,6 +162,8 @@ def format_reward(text):
     return 0.0 if parse_box(text) is None else 1.0
 
 
+# --- Boxes and masks -> IoU -----------------------------------------------------------------------
+
 def box_iou(box, truth):
     """R_box: IoU of two boxes (x1, y1, x2, y2), both in one and the same frame, as a float in [0,
     1].
@@ -122,6 +184,14 @@ def box_iou(box, truth):
     a = (ax2 - ax1) / width * ((ay2 - ay1) / height)
     b = (bx2 - bx1) / width * ((by2 - by1) / height)
     return 1.0 / (a + b - 1.0)
+
+
+def full_size_masks(logits, size):
+    """Mask logits (G, S/4, S/4) -> (G, H, W) bool at the picture's own size, as SAM 2's
+    post-processing does: SAM's square covers the whole picture, so this is one bilinear resize."""
+    resized = F.interpolate(logits[None].float(), tuple(size), mode="bilinear",
+                            align_corners=False)[0]
+    return resized > 0
 
 
 def mask_counts(mask, truth, ignore=None):

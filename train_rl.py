@@ -38,14 +38,16 @@ import torch.nn as nn
 
 from align import (TINY, Metrics, SharedArgs, TrainArgs, apply_update, end_of_step, export,
                    fixed_cache, flag, learning_rate, load_checkpoint, make_optimizer, open_output,
-                   parse_settings, plan_steps, run, segmentation_loss, set_trainable, shard,
+                   parse_settings, plan_steps, run, set_trainable, shard,
                    start_processes, watch_signals)
 from data import (Collator, EvaluationRows, LensError, TrainingStream, read_records, rescale_box,
                   select, to_device, training_batches)
-from grpo import completion_table, group_advantages, grpo_loss, token_log_probs
-from model import (PackedGroups, build_lens, context_positions, draw_uniforms, full_size_masks,
-                   generate, group_hidden, pack_groups, prompt_positions)
-from rewards import box_iou, find_box, format_reward, mask_iou, unified_reward
+from grpo import (completion_table, group_advantages, grpo_loss, segmentation_loss,
+                  token_log_probs)
+from model import (PackedGroups, build_lens, context_positions, draw_uniforms, generate,
+                   group_hidden, pack_groups, prompt_positions)
+from rewards import (box_iou, find_box, format_reward, full_size_masks, mask_iou,
+                     unified_reward)
 
 
 @dataclass
