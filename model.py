@@ -10,9 +10,8 @@ A group is a prompt and its G completions. They share picture and prompt, so it 
     [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
 
 in which completion i sees the prompt and itself only, at the positions it would have alone. The
-result is that of G separate forwards (tests/test_model.py), for the cost of one prompt. The vision
-tower and SAM's image encoder run once per picture. The released code forwards every sample in full
-and encodes every copy of the picture.
+result is that of G separate forwards, for the cost of one prompt. The vision tower and SAM's image
+encoder run once per picture. (The released code does all of it for every sample.)
 
 Departures. Positions are Qwen's 3-D M-RoPE in every pass; the released context pass falls back to
 1-D ones (`--positions 1d`). The connector hands all M tokens to SAM (our reading of Eq. 3); the
@@ -395,7 +394,6 @@ def prefill(mllm, batch, positions):
     """Run B prompts once, padded on the left so that they end together. -> last hidden states
     (B, C), their cache, attention mask (B, P), first position after each prompt (B,)."""
     device, P = batch["pixel_values"].device, max(len(ids) for ids in batch["ids"])
-
     def pad_left(x):
         return F.pad(x, (P - x.shape[-1], 0))
     ids = torch.stack([pad_left(ids) for ids in batch["ids"]]).to(device)  # (B, P)
@@ -472,7 +470,7 @@ class FixedCache:
         return keys, values
 
     def get_seq_length(self, *args):
-        return 0  # the language model asks, but its positions and mask are given
+        return 0  # the language model asks, but it is given its positions and mask
 
     def begin(self, prompt_cache, attention, G, max_new):
         """Take over the cache of B prompts, each repeated G times; attention (B, P)."""
