@@ -20,7 +20,7 @@ and in chunks, never as (L, V). `--profile released` switches all that differs.
 
 Letters: B prompts, G samples per prompt, N = B * G, P prompt tokens, T completion tokens, L row
 length, M context queries, C hidden size, V vocabulary, K prompt tokens to SAM, D SAM's width, S
-SAM's picture side, H x W pixels."""
+its picture side, H x W pixels."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,17 +52,14 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):                                                    # (N, M, C)
         N, M, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(N, M, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (N, heads, M, d) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, M, d) each
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, M, C)
         x = x + self.proj(attended)
         hidden = self.fc1(self.norm2(x))
@@ -70,12 +67,10 @@ class Block(nn.Module):
 
 
 class Connector(nn.Module):
-    """Eq. 3, Q_seg = connector(Q'): query states (N, M, C) -> SAM prompt embeddings (N, K, D), K =
-    M or 1.
+    """Eq. 3, Q_seg = connector(Q'): query states (N, M, C) -> SAM prompt embeddings (N, K, D).
 
     "A shallow transformer" in the paper; four blocks, as in the released code. `kind="mlp"` is
-    Table 4's other row. `prompt_tokens="one"` squeezes the M tokens into one with a convolution, as
-    the released code."""
+    Table 4's other row. K is M, or 1 where a convolution squeezes them, as in the released code."""
 
     def __init__(self, C, M, D, kind="vit", heads=16, prompt_tokens="all"):
         super().__init__()
@@ -154,7 +149,7 @@ def context_positions(positions, kind):
 
 @dataclass
 class GroupLayout:
-    """Where the completions of packed rows lie, for group_attention. S = T + M here: the longest
+    """Where the completions of packed rows lie, for lens_attention. S = T + M here: the longest
     completion and its queries."""
     P: int                # tokens of the longest prompt; every row begins with its prompt
     places: torch.Tensor  # (N, S) flat index b * L + l of its tokens and queries, 0 for padding
@@ -222,37 +217,50 @@ def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
                         mask=move(torch.arange(T) < lengths[:, None]), group=layout)
 
 
-def group_attention(module, query, key, value, attention_mask, group=None, scaling=None, **kwargs):
-    """Attention of a packed row: the prompt attends to itself, and every completion to the prompt
-    and itself, so a sample pays for its own tokens only. Registered with transformers as "lens";
-    without `group` (a GroupLayout) it is their sdpa attention.
+def masked_attention(query, key, value, mask, scaling):
+    """Attention of (n, heads, S, d) over (n, kv heads, L, d), mask (n, 1, S, L). Heads that share
+    keys become further rows of one head: fused kernels take no mask with fewer key heads."""
+    n, heads, S, d = query.shape
+    shared = heads // key.shape[1]
+    rows = query.reshape(n, heads // shared, shared * S, d)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask.repeat(1, 1, shared, 1),
+                                         scale=scaling)
+    return out.view(n, heads, S, d)
+
+
+def lens_attention(module, query, key, value, attention_mask, group=None, one_token=False,
+                   scaling=None, **kwargs):
+    """What transformers calls for "lens". In a packed row the prompt attends to itself, and every
+    completion to the prompt and itself, so a sample pays for its own tokens only. Without `group`
+    (a GroupLayout): one token of FixedCache, or transformers' own sdpa attention.
 
     query (B, heads, L, d); key, value (B, kv heads, L, d) -> (B, L, heads, d). Prompts are where
     rows begin, so one causal pass over the first P columns serves all B; for a prompt shorter than
     P that pass leaves its completions' first places wrong, and they are overwritten below."""
+    if one_token:
+        out = masked_attention(query, key, value, attention_mask, scaling)
+        return out.transpose(1, 2).contiguous(), None
     if group is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **kwargs)
     (B, heads, L, d), P, G = query.shape, group.P, len(group.places) // len(query)
 
-    def of_segments(x):                                                      # -> (N, heads, S, d)
+    def of_segments(x):  # -> (N, heads, S, d)
         return x.transpose(1, 2).flatten(0, 1)[group.places].transpose(1, 2)
 
     def of_prompt_and_segments(x):  # -> (N, heads, P + S, d)
         return torch.cat([x[:, :, :P].repeat_interleave(G, 0), of_segments(x)], 2)
-
     prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P],
                                             is_causal=True, scale=scaling, enable_gqa=True)
-    segments = F.scaled_dot_product_attention(
-        of_segments(query), of_prompt_and_segments(key), of_prompt_and_segments(value),
-        attn_mask=group.mask, scale=scaling, enable_gqa=True)
-    out = F.pad(prompt, (0, 0, 0, L - P)).transpose(1, 2).flatten(0, 1)      # (B * L, heads, d)
-    segments = segments.transpose(1, 2).flatten(0, 1)                        # (N * S, heads, d)
+    segments = masked_attention(of_segments(query), of_prompt_and_segments(key),
+                                of_prompt_and_segments(value), group.mask, scaling)
+    out = F.pad(prompt, (0, 0, 0, L - P)).transpose(1, 2).flatten(0, 1)  # (B * L, heads, d)
+    segments = segments.transpose(1, 2).flatten(0, 1)  # (N * S, heads, d)
     filled = group.places.flatten()[group.slots]
     return out.index_copy(0, filled, segments[group.slots]).view(B, L, heads, d), None
 
 
-AttentionInterface.register("lens", group_attention)
+AttentionInterface.register("lens", lens_attention)
 AttentionMaskInterface.register("lens", sdpa_mask)               # of the passes without a group
 
 
@@ -273,11 +281,15 @@ def embed(mllm, ids, pixel_values, grid_thw):
     return inputs
 
 
+def use_lens_attention(mllm):  # any other would ignore `group` and `one_token`
+    if mllm.config.text_config._attn_implementation != "lens":
+        mllm.set_attn_implementation({"text_config": "lens"})
+
+
 def group_hidden(mllm, pixel_values, grid_thw, packed, queries=None):
     """Eq. 2 for whole groups: the MLLM's last hidden states of packed rows, flat (B * L, C).
     `queries` (M, C) are the same for all N completions."""
-    if mllm.config.text_config._attn_implementation != "lens":   # any other would ignore `group`
-        mllm.set_attn_implementation({"text_config": "lens"})
+    use_lens_attention(mllm)
     inputs = embed(mllm, packed.ids, pixel_values, grid_thw)
     B, L, C = inputs["inputs_embeds"].shape
     if queries is not None:
@@ -294,15 +306,14 @@ def group_hidden(mllm, pixel_values, grid_thw, packed, queries=None):
 class AnswerCache:
     """What the frozen MLLM keeps of B prompts and answers in stage 1."""
     cache: DynamicCache
-    attention: torch.Tensor    # (B, P + T) 1 where a token stands, 0 on the padding before it
-    first: torch.Tensor        # (B,) the position after each answer
+    attention: torch.Tensor  # (B, P + T) 1 where a token stands, 0 on the padding before it
+    first: torch.Tensor      # (B,) the position after each answer
 
 
 @torch.no_grad()
 def read_answers(mllm, batch, positions, answers):
     """Stage 1, where nothing before the queries is trained: prompt and answer of each of B prompts,
-    read once without gradients, for query_states to go on from. answers: list of B (T_b,) on the
-    CPU."""
+    read once without gradients, for query_states to go on from. answers: B (T_b,) on the CPU."""
     longer, after = {**batch, "ids": []}, []
     for ids, position, answer in zip(batch["ids"], positions, answers):
         longer["ids"].append(torch.cat([ids, answer]))
@@ -383,8 +394,7 @@ class Lens(nn.Module):
 # --- Sampling (Eq. 1) -----------------------------------------------------------------------------
 
 def draw_uniforms(seed, step, prompts, G, T):
-    """(len(prompts) * G, T) in [0, 1): a row is a function of (seed, step, place of the prompt in
-    the batch, g) alone."""
+    """(len(prompts) * G, T) in [0, 1): a row is a function of (seed, step, prompt's place, g)."""
     rows = [np.random.default_rng([seed, step, prompt, g]).random(T)
             for prompt in prompts for g in range(G)]
     return torch.from_numpy(np.stack(rows))
@@ -406,10 +416,11 @@ def prefill(mllm, batch, positions):
     return out.last_hidden_state[:, -1], cache, attention, position.amax((0, 2)) + 1
 
 
-def decode_step(lm, token, position, mask, cache):
+def decode_step(lm, token, position, mask, cache, **kwargs):
     """One token of n sequences; what FixedCache compiles. -> last hidden states (n, C)"""
     return lm(inputs_embeds=lm.embed_tokens(token[:, None]), position_ids=position,
-              attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+              attention_mask=mask, past_key_values=cache, use_cache=True,
+              **kwargs).last_hidden_state[:, -1]
 
 
 class GrowingCache:
@@ -449,6 +460,7 @@ class FixedCache:
         self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.slot = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.lm, self.decode_step = mllm.model.language_model, decode_step
+        use_lens_attention(mllm)
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
             mode = "reduce-overhead" if weight.is_cuda else "default"
@@ -456,11 +468,9 @@ class FixedCache:
 
     def take(self, n, length):
         """Keys and values (n, heads, length, d) of each layer from now on: views of the whole."""
-        self.layers = [(keys[:n, :, :length], values[:n, :, :length]) for keys, values
-                       in self.whole]
-        for pair in self.layers:
-            for tensor in pair:  # else a CUDA graph would copy it at every step
-                torch._dynamo.mark_static_address(tensor)
+        self.layers = [tuple(layer[:, :n, :, :length]) for layer in self.whole]
+        for tensor in sum(self.layers, ()):  # else a CUDA graph would copy it at every step
+            torch._dynamo.mark_static_address(tensor)
 
     def update(self, key, value, layer, *args, **kwargs):
         """What a layer of the language model calls with the new token's key and value."""
@@ -490,7 +500,7 @@ class FixedCache:
         """token (n,), position (3, n, 1) -> last hidden states (n, C)"""
         self.slot += 1
         self.mask.index_fill_(3, self.slot, True)
-        return self.decode_step(self.lm, token, position, self.mask, self)
+        return self.decode_step(self.lm, token, position, self.mask, self, one_token=True)
 
     def keep(self, running):
         """Once half have ended, halve the batch: `running` (k,) and as many that have ended as fill
@@ -502,9 +512,8 @@ class FixedCache:
         ended[running] = False
         kept = torch.cat([running, ended.nonzero()[:half - len(running), 0]])
         self.mask = self.mask[kept]
-        for pair in self.layers:
-            for tensor in pair:
-                tensor[:half] = tensor[kept]
+        for tensor in sum(self.layers, ()):
+            tensor[:half] = tensor[kept]
         self.take(half, self.mask.shape[3])
         return kept
 
@@ -593,7 +602,10 @@ def load_sam(path, with_weights=True):
     does without post-processing; loaded strictly."""
     name = HF_MODEL_ID_TO_FILENAMES.get(path, (None, Path(path).name))[1]
     if path in HF_MODEL_ID_TO_FILENAMES:
-        path = fetch_sam(path, name) if with_weights else name
+        try:
+            path = hf_hub_download(path, name) if with_weights else name
+        except (OSError, ValueError):  # no network: below it is missing, and how to get it is said
+            path = f"weights/{name}"
     path = Path(path)
     if path.is_dir():
         config, weights = path / "config.yaml", path / "model.pt"
@@ -616,16 +628,6 @@ def load_sam(path, with_weights=True):
     except Exception as error:  # a damaged file can raise nearly anything
         raise LensError(f"{weights}: not the weights of {config} ({str(error)[:300]})") from None
     return sam
-
-
-def fetch_sam(hub_id, file):
-    """Download one of SAM 2's official checkpoints. -> its path"""
-    try:
-        return hf_hub_download(hub_id, file)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise LensError(f"--sam {hub_id}: could not be fetched ({reason}). Take weights/{file} "
-                        f"after: hf download {hub_id} {file} --local-dir weights") from None
 
 
 def load_mllm(path, dtype):
