@@ -322,11 +322,13 @@ def save_checkpoint(folder, step, lens, optimizer, keep=2):
 
 
 def load_checkpoint(folder, lens, optimizer):
-    """Restore the latest complete checkpoint, on any number of processes. -> its step."""
+    """Restore the latest complete checkpoint, on any number of processes; rates, betas and weight
+    decay stay those of `optimizer`, which the flags have chosen. -> its step"""
+    asked = [{name: value for name, value in group.items() if name != "params"}
+             for group in optimizer.param_groups]
     last = sorted((Path(folder) / "checkpoints").glob("step_*"))[-1]
     weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
-    rates = [group["peak_lr"] for group in optimizer.param_groups]
     try:
         dcp.load(saved, checkpoint_id=str(last))
     except (Exception, CheckpointException) as error:                # the latter is no Exception
@@ -336,8 +338,8 @@ def load_checkpoint(folder, lens, optimizer):
                         f"({reason})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=TRAINED)
-    for group, rate in zip(optimizer.param_groups, rates):  # the flags' rates, not the saved ones
-        group["peak_lr"] = rate
+    for group, settings in zip(optimizer.param_groups, asked):
+        group.update(settings)
     return int(saved["step"])
 
 
