@@ -349,11 +349,13 @@ def save_checkpoint(folder, step, lens, optimizer, keep=2):
 
 
 def load_checkpoint(folder, lens, optimizer):
-    """Restore the latest complete checkpoint, on any number of processes. -> its step."""
+    """Restore the latest complete checkpoint, on any number of processes; rates, betas and weight
+    decay stay those of `optimizer`, which the flags have chosen. -> its step"""
+    asked = [{name: value for name, value in group.items() if name != "params"}
+             for group in optimizer.param_groups]
     last = sorted((Path(folder) / "checkpoints").glob("step_*"))[-1]
     weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
-    flags = [{**group, "params": None} for group in optimizer.param_groups]
     try:
         dcp.load(saved, checkpoint_id=str(last))
     except (Exception, CheckpointException) as error:                # the latter is no Exception
@@ -363,8 +365,8 @@ def load_checkpoint(folder, lens, optimizer):
                         f"({reason})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=TRAINED)
-    for group, settings in zip(optimizer.param_groups, flags):
-        group.update({**settings, "params": group["params"]})  # the flags win over what was saved
+    for group, settings in zip(optimizer.param_groups, asked):
+        group.update(settings)
     return int(saved["step"])
 
 

@@ -1,5 +1,5 @@
-"""Data: a picture, an expression, a mask and a box; the prompt of Fig. 4; the order of training.
-In the paper: the inputs p_sys, T and I of Eq. 1 and the truth M_gt of Eqs. 5 and 12.
+"""Data: a picture, an expression, a mask and a box; the order of training.
+In the paper: the inputs T and I of Eq. 1 and the truth M_gt of Eqs. 5 and 12.
 
     python data.py --check datasets     # reads every annotation: counts, and what is broken
 
@@ -18,8 +18,7 @@ Datasets are read where their authors put them; `--datasets NAME ...` mixes any 
     shapes: the laptop's world, in refcoco's layout; python tests/tiny/world.py ROOT writes it
 
 Departures. The released code draws a random expression in `__getitem__`, so a GRPO group can mix an
-object's expressions; here one is a function of (seed, epoch, object). Its prompts ask for a box,
-with reasoning or without (`--prompt released`, `released-cot`); ours is Fig. 4's.
+object's expressions; here one is a function of (seed, epoch, object).
 
 Boxes are (x1, y1, x2, y2). Three pixel frames occur and are named wherever a box is passed:
     picture frame   pixels of the original picture. Rewards and metrics live here.

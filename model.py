@@ -223,8 +223,8 @@ def masked_attention(query, key, value, mask, scaling):
     n, heads, S, d = query.shape
     shared = heads // key.shape[1]
     rows = query.reshape(n, heads // shared, shared * S, d)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask.repeat(1, 1, shared, 1),
-                                         scale=scaling)
+    mask = mask.repeat(1, 1, shared, 1) if shared > 1 else mask
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return out.view(n, heads, S, d)
 
 

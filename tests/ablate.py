@@ -1,29 +1,33 @@
-"""Ablations on the shapes world: the paper's Tables 3, 4 and 5, then rewards, method and group size.
+"""Ablations on the shapes world: Tables 3, 4 and 5, then rewards, method and group size. By hand:
 
-    python tests/ablate.py table3                 # queries: stage 1 alone (about two hours of one core)
+    python tests/ablate.py table3                 # queries: stage 1 alone, two hours of one core
     python tests/ablate.py table4                 # connector: stage 1 alone (half an hour)
     python tests/ablate.py table5                 # components: both stages (two and a half hours)
     python tests/ablate.py rewards group method   # one seed, half of stage 2's steps (two hours)
     python tests/ablate.py table5 --processes 2   # each training on two processes
-    python tests/ablate.py markdown               # docs/ablations.md and README from what is finished; trains nothing
+    python tests/ablate.py markdown               # docs/ablations.md and README; trains nothing
 
-Every row is the tiny preset and the flags that stand beside it below; its stage 2 starts from the stage 1 of its own
-seed, which rows share. A run is a folder under runs/ablate, named after its flags: finished it is taken as it is,
-interrupted it is resumed, a failed one is named (runs/ablate/log.txt says why) and tried again by the next command.
-A finished row is a line of docs/ablations.jsonl and is not made again: commands, steps, seconds of training (the machine
-may have done other work beside it, or paused it), the metrics of 1,000 rows of val, greedy and sampled, and the mean of each
-metric of training over the last 25 steps.
+Every row is the tiny preset and the flags that stand beside it below; its stage 2 starts from the
+stage 1 of its own seed, which rows share. A run is a folder under runs/ablate, named after its
+flags: finished it is taken as it is, interrupted it is resumed, a failed one is named
+(runs/ablate/log.txt says why) and tried again by the next command. A finished row is a line of
+docs/ablations.jsonl and is not made again: commands, steps, seconds of training (the machine may
+have done other work beside it, or paused it), the metrics of 1,000 rows of val, greedy and sampled,
+and the mean of each metric of training over the last 25 steps.
 
 What to know before reading the tables:
-- Evaluation is always behind the model's own answer. Table 3 of the paper probably was not (the released code puts the
-  true box in), so the tables of stage 1 also show the mask IoU of training's last 25 steps, behind the context that the
-  run trains with. Stage 1 passes each training picture once, so those pictures were new to it.
-- Queries: the preset has 8 where the paper has 64, so 1, 2, 4, 8, 16 are the paper's five scaled by 8. The paper's
-  own 16 to 128 cost only length here, so they are run as well, with its numbers beside them.
-- "LISA-like" is the nearest that the flags give: one query and an MLP (LISA's projection), untrained at the start; the
-  answer is cut after its first token, so the query reads picture and expression and no reasoning; lambdas and beta 0, so
-  the segmentation loss alone trains MLLM, query, MLP and SAM's decoder. It lacks LISA's text loss and its LoRA, and it
-  speaks no box. A group is two copies of one prompt.
+- Evaluation is always behind the model's own answer. Table 3 of the paper probably was not (the
+  released code puts the true box in), so the tables of stage 1 also show the mask IoU of training's
+  last 25 steps, behind the context that the run trains with. Stage 1 passes each training picture
+  once, so those pictures were new to it.
+- Queries: the preset has 8 where the paper has 64, so 1, 2, 4, 8, 16 are the paper's five scaled by
+  8. The paper's own 16 to 128 cost only length here, so they are run as well, with its numbers
+  beside them.
+- "LISA-like" is the nearest that the flags give: one query and an MLP (LISA's projection),
+  untrained at the start; the answer is cut after its first token, so the query reads picture and
+  expression and no reasoning; lambdas and beta 0, so the segmentation loss alone trains MLLM,
+  query, MLP and SAM's decoder. It lacks LISA's text loss and its LoRA, and it speaks no box. A
+  group is two copies of one prompt.
 """
 import argparse
 import json
@@ -32,7 +36,7 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-from proof import ENVIRONMENT, ROOT
+from proof import ENVIRONMENT, ROOT, going_on, write_world
 
 RUNS, LINES, README = ROOT / "runs/ablate", ROOT / "docs/ablations.jsonl", ROOT / "README.md"
 SEEDS, HALF = (1, 2, 3), "--steps 125"
@@ -51,98 +55,114 @@ class Row:
 
 
 PAPER_QUERIES = {1: "85.9", 16: "87.4", 32: "87.8", 64: "87.9", 128: "87.2"}
-QUERIES = [Row(f"M = {M}, {title}", " ".join(([f"--num-queries {M}"] if M != 8 else []) + flags), seeds=SEEDS,
-               paper=PAPER_QUERIES.get(M, ""))
-           for title, flags in (("own answer", []), ("true box", ["--context true"])) for M in (1, 2, 4, 8, 16, 32, 64, 128)]
-CONNECTOR = [Row("MLP, own answer", "--connector mlp", seeds=SEEDS, paper="72.8"),
-             Row("ViT, own answer", seeds=SEEDS, paper="87.8"),
-             Row("MLP, true box", "--connector mlp --context true", seeds=SEEDS, paper="72.8"),
-             Row("ViT, true box", "--context true", seeds=SEEDS, paper="87.8"),
-             Row("MLP, own answer, one prompt token", "--connector mlp --prompt-tokens one", seeds=SEEDS),
-             Row("ViT, own answer, one prompt token", "--prompt-tokens one", seeds=SEEDS)]
-COMPONENTS = [Row("stand-ins as they come, predicted box into SAM", None, evaluate="--prompt-with box"),
-              Row("stage 1 alone", seeds=SEEDS),
-              Row("LISA-like baseline", None, f"{LISA} --max-completion 1", seeds=SEEDS, paper="79.3"),
-              Row("context, no alignment, R_box", None, "--lambda-format 0 --lambda-mask 0", seeds=SEEDS, paper="-"),
-              Row("context, no alignment, R_box + R_format", None, "--lambda-mask 0", seeds=SEEDS, paper="72.3"),
-              Row("context, alignment, R_box + R_format", rl="--lambda-mask 0", seeds=SEEDS, paper="81.9"),
-              Row("context, alignment, R_box + R_format + R_seg", rl="", seeds=SEEDS, paper="82.7"),
-              Row("context, alignment, all lambdas 0", rl=NO_REWARD, seeds=SEEDS),
-              Row("LISA-like, twice the steps", None, f"{LISA} --max-completion 1 --steps 500"),
-              Row("LISA-like, behind its own answer", None, LISA)]
-REWARDS = [Row("default", rl=HALF),
-           Row("no context module: R_box + R_format alone, predicted box into SAM", None,
-               f"--lambda-mask 0 --alpha 0 {HALF}", "--prompt-with box"),
-           Row("no alignment", None, HALF),
-           Row("context module at the MLLM's rate", rl=f"--lr-context 0 {HALF}"),
-           Row("context module at the MLLM's rate, no alignment", None, f"--lr-context 0 {HALF}"),
-           Row("no R_format", rl=f"--lambda-format 0 {HALF}"),
-           Row("no R_box", rl=f"--lambda-box 0 {HALF}"),
-           Row("no R_seg", rl=f"--lambda-mask 0 {HALF}"),
-           Row("no KL", rl=f"--beta 0 {HALF}"),
-           Row("alpha = 0", rl=f"--alpha 0 {HALF}"),
-           Row("alpha = 1", rl=f"--alpha 1 {HALF}")]
-GROUP = [Row(f"G = {G}", rl=HALF if G == 8 else f"--group-size {G} {HALF}") for G in (2, 4, 8, 16)]
-METHOD = [Row("default: M prompt tokens, IoU, population deviation, one update", rl=HALF),
-          Row("one prompt token", "--prompt-tokens one", HALF),
-          Row("IoU squared", rl=f"--iou-power 2 {HALF}"),
-          Row("2 updates per batch", rl=f"--updates-per-batch 2 {HALF}"),
-          Row("4 updates per batch", rl=f"--updates-per-batch 4 {HALF}"),
-          Row("4 updates per batch, hardly a clip (epsilon 0.99)", rl=f"--updates-per-batch 4 --clip-eps 0.99 {HALF}"),
-          Row("sample deviation", rl=f"--deviation sample {HALF}")]
+CONTEXTS = {"own answer": [], "true box": ["--context true"]}
+QUERIES = [Row(f"M = {M}, {title}",
+               " ".join([*([f"--num-queries {M}"] if M != 8 else []), *flags]),
+               seeds=SEEDS, paper=PAPER_QUERIES.get(M, ""))
+           for title, flags in CONTEXTS.items() for M in (1, 2, 4, 8, 16, 32, 64, 128)]
+CONNECTOR = [
+    Row("MLP, own answer", "--connector mlp", seeds=SEEDS, paper="72.8"),
+    Row("ViT, own answer", seeds=SEEDS, paper="87.8"),
+    Row("MLP, true box", "--connector mlp --context true", seeds=SEEDS, paper="72.8"),
+    Row("ViT, true box", "--context true", seeds=SEEDS, paper="87.8"),
+    Row("MLP, own answer, one prompt token", "--connector mlp --prompt-tokens one", seeds=SEEDS),
+    Row("ViT, own answer, one prompt token", "--prompt-tokens one", seeds=SEEDS)]
+COMPONENTS = [
+    Row("stand-ins as they come, predicted box into SAM", None, evaluate="--prompt-with box"),
+    Row("stage 1 alone", seeds=SEEDS),
+    Row("LISA-like baseline", None, f"{LISA} --max-completion 1", seeds=SEEDS, paper="79.3"),
+    Row("context, no alignment, R_box", None, "--lambda-format 0 --lambda-mask 0", seeds=SEEDS,
+        paper="-"),
+    Row("context, no alignment, R_box + R_format", None, "--lambda-mask 0", seeds=SEEDS,
+        paper="72.3"),
+    Row("context, alignment, R_box + R_format", rl="--lambda-mask 0", seeds=SEEDS, paper="81.9"),
+    Row("context, alignment, R_box + R_format + R_seg", rl="", seeds=SEEDS, paper="82.7"),
+    Row("context, alignment, all lambdas 0", rl=NO_REWARD, seeds=SEEDS),
+    Row("LISA-like, twice the steps", None, f"{LISA} --max-completion 1 --steps 500"),
+    Row("LISA-like, behind its own answer", None, LISA)]
+REWARDS = [
+    Row("default", rl=HALF),
+    Row("no context module: R_box + R_format alone, predicted box into SAM", None,
+        f"--lambda-mask 0 --alpha 0 {HALF}", "--prompt-with box"),
+    Row("no alignment", None, HALF),
+    Row("context module at the MLLM's rate", rl=f"--lr-context 0 {HALF}"),
+    Row("context module at the MLLM's rate, no alignment", None, f"--lr-context 0 {HALF}"),
+    Row("no R_format", rl=f"--lambda-format 0 {HALF}"),
+    Row("no R_box", rl=f"--lambda-box 0 {HALF}"),
+    Row("no R_seg", rl=f"--lambda-mask 0 {HALF}"),
+    Row("no KL", rl=f"--beta 0 {HALF}"),
+    Row("alpha = 0", rl=f"--alpha 0 {HALF}"),
+    Row("alpha = 1", rl=f"--alpha 1 {HALF}")]
+GROUP = [Row(f"G = {G}", rl=HALF if G == 8 else f"--group-size {G} {HALF}")
+         for G in (2, 4, 8, 16)]
+METHOD = [
+    Row("default: M prompt tokens, IoU, population deviation, one update", rl=HALF),
+    Row("one prompt token", "--prompt-tokens one", HALF),
+    Row("IoU squared", rl=f"--iou-power 2 {HALF}"),
+    Row("2 updates per batch", rl=f"--updates-per-batch 2 {HALF}"),
+    Row("4 updates per batch", rl=f"--updates-per-batch 4 {HALF}"),
+    Row("4 updates per batch, hardly a clip (epsilon 0.99)",
+        rl=f"--updates-per-batch 4 --clip-eps 0.99 {HALF}"),
+    Row("sample deviation", rl=f"--deviation sample {HALF}")]
 
 MASKS = {"cIoU": ("greedy", "ciou"), "gIoU": ("greedy", "giou")}
 STAGE1 = {**MASKS, "cIoU, sampled": ("sampled", "ciou"), "gIoU, sampled": ("sampled", "giou"),
           "training's last mask IoU": ("tail", "mask_iou")}
-STAGE2 = {**MASKS, "box IoU": ("greedy", "box_iou"), "format": ("greedy", "format"), "cIoU, sampled": ("sampled", "ciou"),
-          "gIoU, sampled": ("sampled", "giou"), "box IoU, sampled": ("sampled", "box_iou"),
-          "format, sampled": ("sampled", "format")}
+STAGE2 = {**MASKS, "box IoU": ("greedy", "box_iou"), "format": ("greedy", "format"),
+          "cIoU, sampled": ("sampled", "ciou"), "gIoU, sampled": ("sampled", "giou"),
+          "box IoU, sampled": ("sampled", "box_iou"), "format, sampled": ("sampled", "format")}
+CLIPPED = {**STAGE2, "clipped tokens, training's last": ("tail", "clip_fraction")}
 TABLES = {"table3": ("Table 3: number of queries, after stage 1", STAGE1, QUERIES),
           "table4": ("Table 4: connector, after stage 1", STAGE1, CONNECTOR),
           "table5": ("Table 5: components", STAGE2, COMPONENTS),
           "rewards": ("Rewards and losses", STAGE2, REWARDS),
           "group": ("Group size, at the same number of steps", STAGE2, GROUP),
-          "method": ("Choices of method", {**STAGE2, "clipped tokens, training's last": ("tail", "clip_fraction")}, METHOD)}
+          "method": ("Choices of method", CLIPPED, METHOD)}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Runs
-
+# --- Runs -----------------------------------------------------------------------------------------
 
 def call(script, processes, *flags):
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [script, "--preset", "tiny", *map(str, flags)]
     with open(RUNS / "log.txt", "a") as log:
         print(">", script, *flags, file=log, flush=True)
-        subprocess.run([sys.executable, *start, script, "--preset", "tiny", *map(str, flags)], cwd=ROOT, env=ENVIRONMENT,
-                       check=True, stdout=log, stderr=log)
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=log, stderr=log)
 
 
 def folder_of(*stages):
-    """A run's folder from its seed and its stages with their flags: seed_1+align--connector_mlp+train_rl--steps_125."""
-    return RUNS / "+".join("_".join(words).replace("_--", "--") for words in (stage.split() for stage in stages))
+    """A run's folder from its seed and its stages with their flags:
+    seed_1+align--connector_mlp+train_rl--steps_125."""
+    named = ["_".join(stage.split()).replace("_--", "--") for stage in stages]
+    return RUNS / "+".join(named)
 
 
 def train(script, folder, seed, flags, processes):
     """One run, skipped where it is finished, resumed where it was interrupted."""
     if not (folder / "lens.json").exists():
-        resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-        share = ["--micro-batch", 32 // processes] if script == "align.py" else []            # a process's whole share
-        call(script, processes, "--seed", seed, "--output", folder, *share, *flags.split(), *resume)
+        # a process's whole share
+        share = ["--micro-batch", 32 // processes] if script == "align.py" else []
+        call(script, processes, "--seed", seed, "--output", folder, *share, *flags.split(),
+             *going_on(folder))
 
 
 def evaluate(folder, row, seed, mode, processes):
     out = folder.with_name(folder.name + row.evaluate.replace(" ", "_") + f".{mode}.json")
     if not out.exists():
-        source = ["--checkpoint", folder] if (folder / "lens.json").exists() else []          # else the stand-ins
+        trained = (folder / "lens.json").exists()                # else the stand-ins as they come
+        source = ["--checkpoint", folder] if trained else []
         sample = ["--sample"] if mode == "sampled" else []
-        call("evaluate.py", processes, "--seed", seed, "--limit", 1000, "--json", out, *source, *sample,
-             *row.evaluate.split())
+        call("evaluate.py", processes, "--seed", seed, "--limit", 1000, "--json", out, *source,
+             *sample, *row.evaluate.split())
     return json.loads(out.read_text())["val"]
 
 
 def commit():
     """The commit whose scripts ran; a "+" says that they had been edited."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
     edited = git("diff", "--quiet", "HEAD", "--", ":(glob)*.py").returncode
     return git("rev-parse", "--short", "HEAD").stdout.strip() + ("+" if edited else "")
 
@@ -155,16 +175,19 @@ def run_row(table, row, seed, processes):
         if own is None:
             continue
         stages.append(f"{script[:-3]} {own}")
-        folder, extra = folder_of(*stages), f" --init {init}" if script == "train_rl.py" else ""
-        train(script, folder, seed, own + extra, processes)
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        folder = folder_of(*stages)
+        start = f" --init {init}" if script == "train_rl.py" else ""
+        train(script, folder, seed, own + start, processes)
+        metrics = [json.loads(line) for line in
+                   (folder / "metrics.jsonl").read_text().splitlines()]
         init, flags[script], steps[script] = folder, own, len(metrics)
         seconds += sum(m["seconds"] for m in metrics)
-        tail = {k: round(float(np.mean([m[k] for m in metrics[-25:]])), 5) for k in metrics[0] if k not in ("step", "lr")}
+        tail = {key: round(float(np.mean([row[key] for row in metrics[-25:]])), 5)
+                for key in metrics[0] if key not in ("step", "lr")}
     scores = {mode: evaluate(folder, row, seed, mode, processes) for mode in ("greedy", "sampled")}
     flags["evaluate.py"] = row.evaluate
-    return {"table": table, "row": row.name, "seed": seed, "flags": flags, "steps": steps, "commit": commit(), **scores,
-            "tail": tail, "seconds": round(seconds)}
+    return {"table": table, "row": row.name, "seed": seed, "flags": flags, "steps": steps,
+            "commit": commit(), **scores, "tail": tail, "seconds": round(seconds)}
 
 
 def finished():
@@ -173,7 +196,8 @@ def finished():
 
 def run_table(table, processes):
     """What is missing of a table, the first seed of all rows first. -> is it whole?"""
-    done, whole = {(line["table"], line["row"], line["seed"]) for line in finished()}, True
+    done = {(line["table"], line["row"], line["seed"]) for line in finished()}
+    whole = True
     for seed in SEEDS:
         for row in TABLES[table][2]:
             if seed not in row.seeds or (table, row.name, seed) in done:
@@ -182,17 +206,17 @@ def run_table(table, processes):
                 line = run_row(table, row, seed, processes)
             except subprocess.CalledProcessError:
                 whole = False
-                print(f"{table}, {row.name}, seed {seed}: FAILED, see {RUNS / 'log.txt'}", flush=True)
+                print(f"{table}, {row.name}, seed {seed}: FAILED, see {RUNS / 'log.txt'}",
+                      flush=True)
                 continue
             with LINES.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(f"{table}, {row.name}, seed {seed}: cIoU {line['greedy']['ciou']:.3f}, {line['seconds']} s", flush=True)
+            print(f"{table}, {row.name}, seed {seed}: cIoU {line['greedy']['ciou']:.3f}, "
+                  f"{line['seconds']} s", flush=True)
     return whole
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The tables
-
+# --- The tables -----------------------------------------------------------------------------------
 
 def cell(values):
     """Mean in per cent, and the range over seeds where there are several."""
@@ -201,18 +225,23 @@ def cell(values):
 
 
 def markdown(lines):
-    text = ["Everything in per cent on 1,000 rows of the shapes world's val, greedy unless it says sampled: the mean over "
-            "seeds and, in brackets, their range. The paper's column is its cIoU on RefCOCO testA. Steps are stage 1's + "
-            "stage 2's, *half* marks half of the latter. Made by `python tests/ablate.py markdown` of docs/ablations.jsonl."]
+    text = ["Everything in per cent on 1,000 rows of the shapes world's val, greedy unless it says "
+            "sampled: the mean over seeds and, in brackets, their range. The paper's column is its "
+            "cIoU on RefCOCO testA. Steps are stage 1's + stage 2's, *half* marks half of the "
+            "latter. Made by `python tests/ablate.py markdown` of docs/ablations.jsonl."]
     for table, (title, columns, rows) in TABLES.items():
-        made = [(row, [line for line in lines if (line["table"], line["row"]) == (table, row.name)]) for row in rows]
-        if not any(own for _, own in made):
+        made = {row.name: [line for line in lines
+                           if (line["table"], line["row"]) == (table, row.name)] for row in rows}
+        if not any(made.values()):
             continue
-        text += ["", f"**{title}**", "", "| | paper | " + " | ".join(columns) + " | steps | seeds |",
+        text += ["", f"**{title}**", "",
+                 "| | paper | " + " | ".join(columns) + " | steps | seeds |",
                  "|" + "---|" * (len(columns) + 4)]
-        for row, own in made:
-            cells = [cell([line[part][key] for line in own]) if own and key in own[0][part] else ""
-                     for part, key in columns.values()]
+        for row in rows:
+            own, cells = made[row.name], []
+            for part, key in columns.values():
+                known = own and key in own[0][part]
+                cells.append(cell([line[part][key] for line in own]) if known else "")
             steps = " + ".join(str(n) for n in own[0]["steps"].values()) if own else ""
             half = " *half*" if HALF in (row.rl or "") else ""
             cells = [row.name, row.paper, *cells, steps + half, f"{len(own)} of {len(row.seeds)}"]
@@ -222,16 +251,22 @@ def markdown(lines):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=[*TABLES, "markdown"], help="tables to run, or the page of all of them")
-    parser.add_argument("--processes", type=int, default=1, help="processes of each training and evaluation")
+    parser.add_argument("what", nargs="+", choices=[*TABLES, "markdown"],
+                        help="tables to run, or the page of all of them")
+    parser.add_argument("--processes", type=int, default=1,
+                        help="processes of each training and evaluation")
     args = parser.parse_args()
+    tables = [what for what in args.what if what != "markdown"]
     RUNS.mkdir(parents=True, exist_ok=True)
-    whole = [run_table(what, args.processes) for what in args.what if what != "markdown"]
+    if tables:
+        write_world()
+    whole = [run_table(table, args.processes) for table in tables]
     if "markdown" in args.what:
         made = markdown(finished())
         (ROOT / "docs/ablations.md").write_text(made)
-        before, start, rest = README.read_text().partition("<!-- docs/ablations.md -->\n")
-        README.write_text(before + start + made + rest[rest.index("<!-- end -->"):])
+        before, mark, rest = README.read_text().partition("<!-- docs/ablations.md -->\n")
+        if mark:
+            README.write_text(before + mark + made + rest[rest.index("<!-- end -->"):])
     sys.exit(0 if all(whole) else 1)
 
 

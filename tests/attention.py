@@ -1,10 +1,12 @@
-"""What do the context queries read? Their attention over picture, question, reasoning and box, as a small picture.
+"""What do the context queries read? Their attention over picture, question, reasoning and box.
 
-    python tests/attention.py --checkpoint runs/tiny/rl       # half a minute; docs/attention.{json,png}; needs matplotlib
+    python tests/attention.py --checkpoint runs/tiny/rl       # half a minute; needs matplotlib
 
-For 100 rows of the shapes world's val: the model's greedy answer, the M queries behind it, one forward with the attention
-weights kept (Hugging Face's eager attention; a group of one is a plain causal row). A token's share is the mean over rows,
-queries and heads. Four rows are drawn: the picture, and where in it the queries of each layer look.
+Writes docs/attention.json and, as a small picture, docs/attention.png. For 100 rows of the shapes
+world's val: the model's greedy answer, the M queries behind it, one forward with the attention
+weights kept (Hugging Face's eager attention; a group of one is a plain causal row). A token's share
+is the mean over rows, queries and heads. Four rows are drawn: the picture, and where in it the
+queries of each layer look.
 """
 import json
 import sys
@@ -22,7 +24,8 @@ from model import embed, generate, pack_groups, prompt_positions
 from picture import open_run
 
 ROWS, DRAWN = 100, (3, 21, 45, 80)
-KINDS = ["picture", "system prompt and question", "reasoning", "answer around the box", "box", "other queries"]
+KINDS = ["picture", "system prompt and question", "reasoning", "answer around the box", "box",
+         "other queries"]
 
 
 def kinds_of(batch, b, completion, tokenizer, M):
@@ -31,8 +34,10 @@ def kinds_of(batch, b, completion, tokenizer, M):
     for text in (tokenizer.decode([i]) for i in completion):
         so_far += text
         answered |= so_far.rstrip().endswith("</think>")
-        inside = "[" in so_far.rpartition("bbox_2d")[2] and "]" not in so_far.rpartition("bbox_2d")[2].partition("[")[2]
-        kinds.append(4 if "bbox_2d" in so_far and inside and text.strip().isdigit() else 3 if answered else 2)
+        _, named, after_name = so_far.rpartition("bbox_2d")
+        _, opened, numbers = after_name.partition("[")
+        of_box = named and opened and "]" not in numbers and text.strip().isdigit()
+        kinds.append(4 if of_box else 3 if answered else 2)
     prompt = torch.where(batch["types"][b] == 1, 0, 1)
     return torch.cat([prompt, torch.tensor(kinds), torch.full((M,), 5)])
 
@@ -41,11 +46,11 @@ def kinds_of(batch, b, completion, tokenizer, M):
 def attentions(lens, batch, positions, completion):
     """-> (layers, M, L): the queries' attention, mean over heads"""
     packed = pack_groups(batch["ids"], positions, [[completion]], lens.M)
-    inputs = embed(lens.mllm, packed["ids"], batch)
-    flat = inputs["inputs_embeds"][0].index_copy(0, packed["queries"].flatten(), lens.queries)
-    out = lens.mllm.model.language_model(inputs_embeds=flat[None], position_ids=packed["positions"], use_cache=False,
-                                         output_attentions=True)
-    return torch.stack([layer[0].mean(0)[packed["queries"][0]] for layer in out.attentions])
+    inputs = embed(lens.mllm, packed.ids, batch["pixel_values"], batch["grid_thw"])
+    flat = inputs["inputs_embeds"][0].index_copy(0, packed.queries.flatten(), lens.queries)
+    out = lens.mllm.model.language_model(inputs_embeds=flat[None], position_ids=packed.positions,
+                                         use_cache=False, output_attentions=True)
+    return torch.stack([layer[0].mean(0)[packed.queries[0]] for layer in out.attentions])
 
 
 def main(folder):
@@ -53,20 +58,23 @@ def main(folder):
     rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), ROWS).rows
     batch = collate([load_item(*row) for row in rows])
     positions = prompt_positions(lens.mllm, batch)
-    completions, _ = generate(lens.mllm, batch, positions, 1, shared.max_completion, lens.eos, lens.forbidden)
+    completions, _ = generate(lens.mllm, batch, positions, 1, shared.max_completion, lens.eos,
+                              lens.forbidden)
     lens.mllm.set_attn_implementation({"text_config": "eager"})
     shares, drawn = [], []
     for b in range(ROWS):
         one = select(batch, [b])
         weights = attentions(lens, one, positions[b:b + 1], completions[b][0])
         kinds = kinds_of(batch, b, completions[b][0].tolist(), processor.tokenizer, lens.M)
-        shares.append(torch.stack([weights[..., kinds == k].sum(-1).mean(-1) for k in range(len(KINDS))], -1))
+        by_kind = [weights[..., kinds == k].sum(-1).mean(-1) for k in range(len(KINDS))]
+        shares.append(torch.stack(by_kind, -1))
         if b in DRAWN:
             merged = (one["grid_thw"][0, 1:] // 2).tolist()
             drawn.append((load_item(*rows[b]), weights[..., kinds == 0].mean(1).view(-1, *merged)))
     shares = torch.stack(shares).mean(0)                                     # (layers, kinds)
     table = {KINDS[k]: shares[:, k].tolist() for k in range(len(KINDS))}
-    (ROOT / "docs/attention.json").write_text(json.dumps({"rows": ROWS, "share by layer": table}, indent=1) + "\n")
+    found = json.dumps({"rows": ROWS, "share by layer": table}, indent=1)
+    (ROOT / "docs/attention.json").write_text(found + "\n")
     draw(drawn, shares, ROOT / "docs/attention.png")
     print(json.dumps(table, indent=1))
 
@@ -74,13 +82,15 @@ def main(folder):
 def draw(drawn, shares, path):
     from matplotlib import pyplot
     layers = len(shares)
-    figure, axes = pyplot.subplots(len(drawn), layers + 1, figsize=(2 * (layers + 3.2), 2.1 * len(drawn)), squeeze=False)
+    size = 2 * (layers + 3.2), 2.1 * len(drawn)
+    figure, axes = pyplot.subplots(len(drawn), layers + 1, figsize=size, squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.62, top=0.93, bottom=0.02)
     for row, (item, maps) in zip(axes, drawn):
         row[0].imshow(item["image"])
         row[0].set_title(item["text"], fontsize=6)
         for n, (axis, attention) in enumerate(zip(row[1:], maps)):
-            grown = Image.fromarray((255 * attention / attention.max()).byte().numpy()).resize(item["image"].size)
+            grey = (255 * attention / attention.max()).byte().numpy()
+            grown = Image.fromarray(grey).resize(item["image"].size)
             axis.imshow(np.array(item["image"].convert("L")), cmap="gray", alpha=0.5)
             axis.imshow(np.array(grown), cmap="magma", alpha=0.7)
             axis.set_title(f"layer {n + 1}", fontsize=8)

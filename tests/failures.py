@@ -1,15 +1,19 @@
-"""RL that goes wrong, on purpose: what three failures look like in metrics.jsonl. By hand, about ten minutes of one core:
+"""RL that goes wrong, on purpose: what three failures look like in metrics.jsonl. By hand:
 
-    python tests/failures.py              # from runs/tiny/align; writes docs/failures.{json,md,png}; needs matplotlib
+    python tests/failures.py     # from runs/tiny/align; ten minutes of one core; needs matplotlib
 
-Each is the tiny preset's stage 2 for 100 steps and one change:
+Writes docs/failures.{json,md,png}. Each is the tiny preset's stage 2 for 100 steps and one change:
 
-    format collapse       --max-completion 20: every answer is cut before its end, so no format is whole
-    length blow-up        --lr 3e-3 --beta 0: steps too large and no KL to hold them; the language falls apart
-    full-picture boxes    --iou-power 0.02 and only the box rewarded, without KL, hot sampling: a reward that asks only
-                          whether the boxes touch, so that a large one, never quite wrong, pays more than a tight one
+    format collapse       --max-completion 20: every answer is cut before its end, so no format is
+                          whole
+    length blow-up        --lr 3e-3 --beta 0: steps too large and no KL to hold them; the language
+                          falls apart
+    full-picture boxes    --iou-power 0.02 and only the box rewarded, without KL, hot sampling: a
+                          reward that asks only whether the boxes touch, so that a large one, never
+                          quite wrong, pays more than a tight one
 
-Beside the healthy run of the same length, a table of the last 25 steps, and IoU and area of the sampled boxes on 200 rows.
+Beside the healthy run of the same length, a table of the last 25 steps, and IoU and area of the
+sampled boxes on 200 rows.
 """
 import json
 import os
@@ -20,51 +24,62 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot
 
+from proof import going_on
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/failures"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-CAUSES = {"healthy": "", "format collapse": "--max-completion 20", "length blow-up": "--lr 3e-3 --beta 0",
-          "full-picture boxes": "--iou-power 0.02 --lambda-format 0 --lambda-mask 0 --alpha 0 --beta 0 --lr 1e-3 --temperature 1.5"}
-COLUMNS = ["reward", "reward_format", "reward_box", "completion_length", "entropy", "kl", "zero_variance", "grad_norm"]
+CAUSES = {"healthy": "",
+          "format collapse": "--max-completion 20",
+          "length blow-up": "--lr 3e-3 --beta 0",
+          "full-picture boxes": "--iou-power 0.02 --lambda-format 0 --lambda-mask 0 --alpha 0 "
+                                "--beta 0 --lr 1e-3 --temperature 1.5"}
+COLUMNS = ["reward", "reward_format", "reward_box", "completion_length", "entropy", "kl",
+           "zero_variance", "grad_norm"]
 
 
 def call(script, *flags):
+    command = [sys.executable, script, "--preset", "tiny", *map(str, flags)]
     with open(RUNS / "log.txt", "a") as log:
-        subprocess.run([sys.executable, script, "--preset", "tiny", *map(str, flags)], cwd=ROOT, env=ENVIRONMENT, check=True,
-                       stdout=log, stderr=log)
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=log, stderr=log)
 
 
 def measure(name, flags):
-    """-> metrics of the run; of its sampled boxes, the mean IoU and the mean share of the picture"""
+    """-> metrics of the run; of its sampled boxes, mean IoU and mean share of the picture"""
     folder = RUNS / name.replace(" ", "_")
     rows = folder.with_suffix(".jsonl")
     if not (folder / "lens.json").exists():
-        resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-        call("train_rl.py", "--steps", 100, "--output", folder, *flags.split(), *resume)
-    call("evaluate.py", "--checkpoint", folder, "--sample", "--limit", 200, "--predictions", rows)
+        call("train_rl.py", "--steps", 100, "--output", folder, *flags.split(), *going_on(folder))
+    call("evaluate.py", "--checkpoint", folder, "--sample", "--limit", 200,
+         "--predictions", rows)
     areas, answers = [], [json.loads(line) for line in rows.read_text().splitlines()]
     for row in answers:
         x1, y1, x2, y2 = np.clip(row["box"] or [0, 0, 0, 0], 0, row["mask"]["size"][0])
         areas.append(max(x2 - x1, 0) * max(y2 - y1, 0) / np.prod(row["mask"]["size"]))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return metrics, float(np.mean([row["box_iou"] for row in answers])), float(np.mean(areas))
+    ious = [row["box_iou"] for row in answers]
+    return metrics, float(np.mean(ious)), float(np.mean(areas))
 
 
 def main():
     RUNS.mkdir(parents=True, exist_ok=True)
     found = {name: measure(name, flags) for name, flags in CAUSES.items()}
-    lines = ["Stage 2 of the tiny preset, 100 steps; means of the last 25, and IoU and area of sampled boxes on 200 rows. Made "
-             "by `python tests/failures.py`.", "", "| | cause | " + " | ".join(COLUMNS) + " | IoU of boxes | area of boxes |",
+    lines = ["Stage 2 of the tiny preset, 100 steps; means of the last 25, and IoU and area of "
+             "sampled boxes on 200 rows. Made by `python tests/failures.py`.", "",
+             "| | cause | " + " | ".join(COLUMNS) + " | IoU of boxes | area of boxes |",
              "|" + "---|" * (len(COLUMNS) + 4)]
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 5))
     summary = {}
     for name, (metrics, iou, area) in found.items():
-        means = {column: float(np.mean([row[column] for row in metrics[-25:]])) for column in COLUMNS}
+        means = {column: float(np.mean([row[column] for row in metrics[-25:]]))
+                 for column in COLUMNS}
         summary[name] = {"flags": CAUSES[name], **means, "box_iou": iou, "area": area}
         cause = f"`{CAUSES[name]}`" if CAUSES[name] else ""
-        lines.append(f"| {name} | {cause} | " + " | ".join(f"{means[c]:.2f}" for c in COLUMNS) + f" | {iou:.2f} | {area:.2f} |")
+        cells = [name, cause, *(f"{means[c]:.2f}" for c in COLUMNS), f"{iou:.2f}", f"{area:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
         for axis, column in zip(axes.flat, COLUMNS):
-            smooth = np.convolve([row[column] for row in metrics], np.ones(5) / 5, "valid")
+            values = [row[column] for row in metrics]
+            smooth = np.convolve(values, np.ones(5) / 5, "valid")
             axis.plot(smooth, label=name, linewidth=1)
             axis.set_title(column, fontsize=9)
     axes.flat[0].legend(fontsize=7)

@@ -1,10 +1,12 @@
-"""The newcomer's path, timed: from a clone to an own picture segmented. By hand, on an otherwise idle machine with two cores:
+"""The newcomer's path, timed: from a clone to an own picture segmented. By hand:
 
-    python tests/newcomer.py          # ten minutes and 6 GB in a temporary folder; docs/newcomer.json, docs/newcomer.png
+    python tests/newcomer.py          # ten minutes and 6 GB in a temporary folder
 
-Runs the README's two lines in a fresh clone and a fresh environment, then draws a picture of its own and segments it with the
-README's last command. The picture has flat colours, which training has not seen, but its size, ground, shapes and colours:
-the stand-in knows nothing else (on 300 x 220 pixels or a white ground it is lost).
+On an otherwise idle machine with two cores; writes docs/newcomer.json and docs/newcomer.png. Runs
+the README's set-up and its main job in a fresh clone and a fresh environment, then draws a picture
+of its own and segments it with the README's last command. The picture has flat colours, which
+training has not seen, but its size, ground, shapes and colours: the stand-in knows nothing else (on
+300 x 220 pixels or a white ground it is lost).
 """
 import json
 import os
@@ -31,21 +33,33 @@ def own_picture(path):
     picture.save(path)
 
 
+def bash_block(readme, start):
+    """The commands that stand there as one block and begin so, joined to one line."""
+    block = re.search(rf"```bash\n({re.escape(start)}.*?)\n```", readme, re.DOTALL)[1]
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return " && ".join(line.rstrip().removesuffix("&&") for line in lines)
+
+
 def main():
     readme = (ROOT / "README.md").read_text()
-    setup, job = [re.search(rf"```bash\n({start}.*)\n```", readme)[1] for start in ("python3 -m venv", "python align.py")]
-    own = ["python", "evaluate.py", "--checkpoint", "runs/tiny/rl", "--image", "mine.png", "--text", f"'{TEXT}'", "--output",
-           "overlay.png"]
+    setup = bash_block(readme, "python3 -m venv")
+    job = bash_block(readme, "python tests/tiny/world.py")
+    own = (f"python evaluate.py --checkpoint runs/tiny/rl --image mine.png --text '{TEXT}' "
+           f"--output overlay.png")
+    commands = {"clone": f"git clone -q {ROOT} .",
+                "environment and packages": setup,
+                "both stages and evaluation": f". .venv/bin/activate && {job}",
+                "own picture": f". .venv/bin/activate && {own}"}
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("PYTHON", "VIRTUAL", "OMP"))}
+    seconds = {}
     with tempfile.TemporaryDirectory() as clone:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL", "OMP"))}
-        seconds = {}
-        for name, command in (("clone", f"git clone -q {ROOT} ."), ("environment and packages", setup),
-                              ("both stages and evaluation", f". .venv/bin/activate && {job}"),
-                              ("own picture", f". .venv/bin/activate && {' '.join(own)}")):
+        for name, command in commands.items():
             if name == "own picture":
                 own_picture(Path(clone) / "mine.png")
             start = time.time()
-            done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
+            done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment,
+                                  capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
             seconds[name] = round(time.time() - start)

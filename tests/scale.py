@@ -1,16 +1,19 @@
-"""Stage 2 on 1, 2 and 4 processes and on two "nodes", over gloo. By hand, about six minutes of two cores:
+"""Stage 2 on 1, 2 and 4 processes and on two "nodes", over gloo. By hand:
 
-    python tests/scale.py                # writes docs/scale.json and docs/scale.md
+    python tests/scale.py       # six minutes of two cores; writes docs/scale.json and docs/scale.md
 
-Ten updates on stored completions and random weights (tests/worker.py), in fp32 and in bf16, against one process (and that in
-bf16 against that in fp32: the yardstick of what rounding gives): the largest difference of any loss part, of the gradient
-norm, and of any trained weight after the tenth update, over the largest weight of its tensor. The rate is ten times the
-paper's, 3e-5. (AdamW divides a gradient by its own size, be it rounding alone: at 9e-4 the losses were 8e-4 apart after ten
-updates.) A node is a torchrun agent of its own; two of them meet over loopback at a static address. `full` shards over all
-processes, `hybrid` within a node, with copies between nodes. Memory is what a process holds of what is trained.
+Ten updates on stored completions and random weights (tests/worker.py), in fp32 and in bf16, against
+one process (and that in bf16 against that in fp32: the yardstick of what rounding gives): the
+largest difference of any loss part, of the gradient norm, and of any trained weight after the tenth
+update, over the largest weight of its tensor. The rate is ten times the paper's, 3e-5. (AdamW
+divides a gradient by its own size, be it rounding alone: at 9e-4 the losses were 8e-4 apart after
+ten updates.) A node is a torchrun agent of its own; two of them meet over loopback at a static
+address. `full` shards over all processes, `hybrid` within a node, with copies between nodes. Memory
+is what a process holds of what is trained.
 
-Then train_rl.py itself, five steps of the tiny preset on two nodes of one process each, beside one process. It samples, and
-a token may tip over when sums are taken in another order, so losses are equal only while the completions are.
+Then train_rl.py itself, five steps of the tiny preset on two nodes of one process each, beside one
+process. It samples, and a token may tip over when sums are taken in another order, so losses are
+equal only while the completions are.
 """
 import json
 import os
@@ -21,9 +24,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from proof import write_world
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+               "HF_HUB_OFFLINE": "1"}
 WAYS = {"1 process": (1, 1, "full"), "2 processes": (1, 2, "full"), "4 processes": (1, 4, "full"),
         "2 nodes x 2, full": (2, 2, "full"), "2 nodes x 2, hybrid": (2, 2, "hybrid")}
 
@@ -34,17 +39,24 @@ def torchrun(nodes, processes, *command):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    ways = [["--standalone"]] if nodes == 1 else [[f"--nnodes={nodes}", f"--node_rank={n}", "--rdzv_backend=static",
-                                                   "--master_addr=127.0.0.1", f"--master_port={port}"] for n in range(nodes)]
-    agents = [subprocess.Popen([*start, *way, *map(str, command)], cwd=ROOT, env=ENVIRONMENT) for way in ways]
+    meet = [f"--nnodes={nodes}", "--rdzv_backend=static", "--master_addr=127.0.0.1",
+            f"--master_port={port}"]
+    agents = []
+    for n in range(nodes):
+        way = ["--standalone"] if nodes == 1 else [*meet, f"--node_rank={n}"]
+        agents.append(subprocess.Popen([*start, *way, *map(str, command)], cwd=ROOT,
+                                       env=ENVIRONMENT))
     assert [agent.wait() for agent in agents] == [0] * nodes, command
 
 
 def compare(found, expected):
-    """-> the largest differences of loss parts and norms, and of weights over their tensor's largest"""
+    """-> the largest differences of loss parts and norms, and of weights over their tensor's
+    largest"""
     rows = (found["rows"] - expected["rows"]).abs().amax(0)
-    weights = max(((found["weights"][name] - p).abs().max() / p.abs().max()).item() for name, p in expected["weights"].items())
-    return {"loss": rows[0].item(), "parts": rows[1:-1].max().item(), "gradient norm": rows[-1].item(), "weights": weights}
+    weights = [((found["weights"][name] - p).abs().max() / p.abs().max()).item()
+               for name, p in expected["weights"].items()]
+    return {"loss": rows[0].item(), "parts": rows[1:-1].max().item(),
+            "gradient norm": rows[-1].item(), "weights": max(weights)}
 
 
 def ten_updates(folder):
@@ -54,9 +66,10 @@ def ten_updates(folder):
             out = folder / f"{precision} {way}.pt"
             torchrun(nodes, processes, "tests/worker.py", "steps", out, precision, kind)
             found = torch.load(out, weights_only=True)
-            yardstick = "fp32" if processes == 1 else precision                # bf16 on one process: what rounding gives
+            yardstick = "fp32" if processes == 1 else precision      # what rounding to bf16 gives
             one = torch.load(folder / f"{yardstick} 1 process.pt", weights_only=True)
-            sizes = {part: max(size[part] for size in found["bytes"]) for part in found["bytes"][0]}
+            sizes = {part: max(size[part] for size in found["bytes"])
+                     for part in found["bytes"][0]}
             share = {part: size / one["bytes"][0][part] for part, size in sizes.items()}
             results[f"{precision}, {way}"] = {**compare(found, one), "share": share}
             print(f"{precision}, {way}: {results[f'{precision}, {way}']}", flush=True)
@@ -65,20 +78,25 @@ def ten_updates(folder):
 
 def whole_script(folder):
     """-> losses of five steps on one process and on two nodes"""
-    common = ["--preset", "tiny", "--init", folder / "align", "--steps", 5, "--batch", 8, "--micro-batch", 4]
+    write_world()
     torchrun(1, 1, "align.py", "--preset", "tiny", "--steps", 5, "--output", folder / "align")
+    common = ["--preset", "tiny", "--init", folder / "align", "--steps", 5, "--batch", 8,
+              "--micro-batch", 4]
     losses = []
     for nodes in (1, 2):
         out = folder / f"rl{nodes}"
         torchrun(nodes, 1, "train_rl.py", *common, "--output", out)
-        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
     return losses
 
 
 def table(data):
-    lines = ["# One process and several", "", "`python tests/scale.py`: what is compared stands at that file's head. The losses begin "
-             "at 42 and end at 10; bf16 on one process is compared with fp32.", "",
-             "| | loss | other parts | gradient norm | weights | trained weights per process | optimizer | reference |",
+    lines = ["# One process and several", "",
+             "`python tests/scale.py`: what is compared stands at that file's head. The losses "
+             "begin at 42 and end at 10; bf16 on one process is compared with fp32.", "",
+             "| | loss | other parts | gradient norm | weights | trained weights per process | "
+             "optimizer | reference |",
              "|---|---|---|---|---|---|---|---|"]
     for way, row in data["updates"].items():
         cells = [f"{row[name]:.1e}" for name in ("loss", "parts", "gradient norm", "weights")]

@@ -1,7 +1,8 @@
-"""grpo.py against numbers worked out by hand, and against a loop over tokens that shares no code with it.
+"""grpo.py against numbers worked out by hand, and against a loop over tokens that shares no code
+with it.
 
-A ratio r is set by making the log-probability log(r) higher than the old one. float64 wherever numbers are
-compared closely; what is exact is compared exactly.
+A ratio r is set by making the log-probability log(r) higher than the old one. float64 wherever
+numbers are compared closely; what is exact is compared exactly.
 """
 import ast
 import math
@@ -27,12 +28,14 @@ def close(actual, expected):
 
 
 def test_advantages_by_hand():
-    # mu = 1/4; variance = (0.75^2 + 3 * 0.25^2) / 4 = (0.5625 + 0.1875) / 4 = 0.1875; sigma = 0.4330127
-    # A_1 = 0.75 / 0.4330127 = 1.7320508 = sqrt(3), the others -0.25 / 0.4330127 = -0.5773503 = -1/sqrt(3)
+    # mu = 1/4; variance = (0.75^2 + 3 * 0.25^2) / 4 = (0.5625 + 0.1875) / 4 = 0.1875
+    # sigma = 0.4330127; A_1 = 0.75 / 0.4330127 = 1.7320508 = sqrt(3),
+    # the others -0.25 / 0.4330127 = -0.5773503 = -1/sqrt(3)
     close(group_advantages(f64([1, 0, 0, 0]), delta=0), [3**0.5] + [-(3**-0.5)] * 3)
     # with delta: 0.75 / 0.4331127 = 1.7316509, -0.25 / 0.4331127 = -0.5772170
     sigma = 0.1875**0.5
-    close(group_advantages(f64([1, 0, 0, 0])), [0.75 / (sigma + 1e-4)] + [-0.25 / (sigma + 1e-4)] * 3)
+    expected = [0.75 / (sigma + 1e-4)] + [-0.25 / (sigma + 1e-4)] * 3
+    close(group_advantages(f64([1, 0, 0, 0])), expected)
     advantages = group_advantages(torch.tensor([1.0, 0, 0, 0]))
     assert advantages.tolist() == pytest.approx([1.7316509] + [-0.5772170] * 3)
     # mu = 2, variance = (1 + 0 + 1) / 3; 1 / sqrt(2/3) = 1.2247449
@@ -40,10 +43,13 @@ def test_advantages_by_hand():
 
 
 def test_the_released_codes_standard_deviation_by_hand():
-    """1/(G-1): variance = 0.75 / 3 = 1/4, sigma = 1/2; A = 0.75 / 0.5 and -0.25 / 0.5. [3, 2, 1]: variance = 2 / 2."""
+    """1/(G-1): variance = 0.75 / 3 = 1/4, sigma = 1/2; A = 0.75 / 0.5 and -0.25 / 0.5.
+    [3, 2, 1]: variance = 2 / 2."""
     close(group_advantages(f64([1, 0, 0, 0]), delta=0, correction=1), [1.5, -0.5, -0.5, -0.5])
     close(group_advantages(f64([1, 0, 0, 0]), correction=1), [0.75 / 0.5001] + [-0.25 / 0.5001] * 3)
-    close(group_advantages(f64([[3, 2, 1], [1, 1, 1]]), delta=0.5, correction=1), [[1 / 1.5, 0, -1 / 1.5], [0, 0, 0]])
+    two_groups = f64([[3, 2, 1], [1, 1, 1]])
+    close(group_advantages(two_groups, delta=0.5, correction=1),
+          [[1 / 1.5, 0, -1 / 1.5], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -77,15 +83,15 @@ def test_advantages_of_many_groups():
 
 
 def test_kl_by_hand():
-    # pi_ref/pi = 2: 2 - log 2 - 1 = 0.3068528; pi_ref/pi = 1/2: 0.5 + log 2 - 1 = 0.1931472; equal: 0
+    # pi_ref/pi = 2: 2 - log 2 - 1 = 0.3068528; 1/2: 0.5 + log 2 - 1 = 0.1931472; equal: 0
     log_probs = f64([math.log(0.25), math.log(0.5), math.log(0.3)])
     ref = f64([math.log(0.5), math.log(0.25), math.log(0.3)])
     close(kl_k3(log_probs, ref), [1 - math.log(2), math.log(2) - 0.5, 0])
 
 
 def test_kl_near_zero_keeps_its_digits():
-    # exp(d) - d - 1 = d^2/2 + d^3/6 + ... = 5.0001667e-9 at d = 1e-4; float32's exp(d) is off by up to 6e-8.
-    # expm1(d) - d subtracts two numbers near 1e-4, where floats are 2^-37 = 7e-12 apart.
+    # exp(d) - d - 1 = d^2/2 + d^3/6 + ... = 5.0001667e-9 at d = 1e-4; float32's exp(d) is off by up
+    # to 6e-8. expm1(d) - d subtracts two numbers near 1e-4, where floats are 2^-37 = 7e-12 apart.
     kl = kl_k3(torch.zeros(1), torch.full((1,), 1e-4)).item()
     assert kl == pytest.approx(5.0001667e-9, abs=8e-12)
 
@@ -100,14 +106,15 @@ def test_kl_gradient_by_hand():
 # --- the clipped objective, Eq. 8 ---
 
 
+        # within the range both sides agree; the gradient is whole, not halved
 @pytest.mark.parametrize(
     "ratio, advantage, value, gradient",
-    [  # eps = 0.2 clips the ratio to [0.8, 1.2]. d(ratio A)/dlp = ratio A; a clipped ratio is a constant.
+    [  # eps = 0.2 clips to [0.8, 1.2]. d(ratio A)/dlp = ratio A; a clipped ratio is a constant.
         (1.5, 2.0, 2.4, 0.0),  # min(3.0, 1.2 * 2 = 2.4): has gone up enough, clipped
         (0.5, 2.0, 1.0, 1.0),  # min(1.0, 0.8 * 2 = 1.6): moved the wrong way, not clipped
         (1.5, -2.0, -3.0, -3.0),  # min(-3.0, 1.2 * -2 = -2.4): moved the wrong way, not clipped
         (0.5, -2.0, -1.6, 0.0),  # min(-1.0, 0.8 * -2 = -1.6): has gone down enough, clipped
-        (1.1, 2.0, 2.2, 2.2),  # within the range both sides agree, and the gradient is whole, not halved
+        (1.1, 2.0, 2.2, 2.2),
         (0.9, -2.0, -1.8, -1.8),
         (1.0, 2.0, 2.0, 2.0),
         (1.5, 0.0, 0.0, 0.0),
@@ -124,14 +131,16 @@ def test_clip(ratio, advantage, value, gradient):
 def test_advantages_broadcast_over_tokens():
     # ratios 1 and 2 for both completions; A = 1: min(2, 1.2) = 1.2; A = -1: min(-2, -1.2) = -2
     log_probs = f64([[0, math.log(2)], [0, math.log(2)]])
-    close(clipped_objective(log_probs, f64([[0, 0], [0, 0]]), f64([[1], [-1]]), 0.2), [[1, 1.2], [-1, -2]])
+    objective = clipped_objective(log_probs, f64([[0, 0], [0, 0]]), f64([[1], [-1]]), 0.2)
+    close(objective, [[1, 1.2], [-1, -2]])
 
 
 # --- the loss, minus Eq. 10 ---
 
-# Two completions of three and two tokens. Ratios pi/pi_old and pi_ref/pi, then the terms with eps = 0.2:
-#     completion 1, A = 2:    ratios 1, 1.5, 0.5     -> 2, 2.4 (clipped), 1         mean 5.4 / 3 = 1.8
-#     completion 2, A = -1:   ratios 1.5, 0.5, pad   -> -1.5, -0.8 (clipped)        mean -2.3 / 2 = -1.15
+# Two completions of three and two tokens. Ratios pi/pi_old and pi_ref/pi, then the terms with
+# eps = 0.2:
+#     completion 1, A = 2:    ratios 1, 1.5, 0.5     -> 2, 2.4 (clipped), 1     mean 5.4 / 3 = 1.8
+#     completion 2, A = -1:   ratios 1.5, 0.5, pad   -> -1.5, -0.8 (clipped)   mean -2.3 / 2 = -1.15
 #     KL: pi_ref/pi = 2 costs a = 1 - log 2, 1/2 costs b = log 2 - 1/2, 1 costs 0
 #     completion 1: 2, 1, 1/2 -> (a + 0 + b) / 3 = 1/6;    completion 2: 1, 2 -> a / 2
 # J = (1.8 - 1.15) / 2 - beta * KL with KL = (1/6 + (1 - log 2) / 2) / 2 = 0.1600465
@@ -150,20 +159,23 @@ def worked_example():
 
 def test_loss_by_hand():
     log_probs, old, ref = worked_example()
-    loss, stats = grpo_loss(log_probs, old, ref, f64(ADVANTAGES), torch.tensor(MASK), clip_eps=0.2, beta=0.5)
+    loss, stats = grpo_loss(log_probs, old, ref, f64(ADVANTAGES), torch.tensor(MASK), clip_eps=0.2,
+                            beta=0.5)
     close(loss, -0.325 + 0.5 * KL)
     close(stats["kl"], KL)
     assert stats["clip_fraction"].item() == pytest.approx(2 / 5)  # of all five tokens
-    close(stats["ratio_max"], 1.5)
     assert all(s.dim() == 0 and not s.requires_grad for s in stats.values())
 
 
 def test_gradient_of_the_loss_by_hand():
     # d loss / d lp_it = -(ratio A [unclipped] - beta (1 - pi_ref/pi)) / (N len_i), with beta = 0.5:
-    #     completion 1, / 6:  -(2 - 0.5 * -1) = -2.5;  clipped: -(0 - 0.5 * 0) = 0;  -(1 - 0.5 * 0.5) = -0.75
-    #     completion 2, / 4:  -(-1.5 - 0.5 * 0) = 1.5;  clipped: -(0 - 0.5 * -1) = -0.5;   padding 0
+    #     completion 1, / 6:  -(2 - 0.5 * -1) = -2.5;  clipped: -(0 - 0.5 * 0) = 0;
+    #                         -(1 - 0.5 * 0.5) = -0.75
+    #     completion 2, / 4:  -(-1.5 - 0.5 * 0) = 1.5;  clipped: -(0 - 0.5 * -1) = -0.5;  padding 0
     log_probs, old, ref = worked_example()
-    grpo_loss(log_probs, old, ref, f64(ADVANTAGES), torch.tensor(MASK), clip_eps=0.2, beta=0.5)[0].backward()
+    loss, _ = grpo_loss(log_probs, old, ref, f64(ADVANTAGES), torch.tensor(MASK), clip_eps=0.2,
+                        beta=0.5)
+    loss.backward()
     close(log_probs.grad, [[-2.5 / 6, 0, -0.75 / 6], [1.5 / 4, -0.5 / 4, 0]])
 
 
@@ -173,7 +185,7 @@ def test_beta_zero_needs_no_reference():
     loss, stats = grpo_loss(log_probs, old, None, *rest, beta=0.0)
     close(loss, -0.325)
     assert stats["kl"] == 0
-    loss, stats = grpo_loss(log_probs, old, ref, *rest, beta=0.0)  # a reference given all the same: measured
+    loss, stats = grpo_loss(log_probs, old, ref, *rest, beta=0.0)  # given all the same: measured
     close(loss, -0.325)
     close(stats["kl"], KL)
     with pytest.raises(ValueError, match="ref_log_probs"):
@@ -181,18 +193,21 @@ def test_beta_zero_needs_no_reference():
 
 
 def test_on_policy_gradient_by_hand():
-    # One update per batch: every ratio is 1 and nothing is clipped, so the gradient is -A_i / (N len_i) and
-    # the value -(mean of A) = 0. Advantages of a group with rewards 3, 2, 1 (worked above), lengths 1, 2, 4.
+    # One update per batch: every ratio is 1 and nothing is clipped, so the gradient is
+    # -A_i / (N len_i) and the value -(mean of A) = 0. Advantages of a group with rewards 3, 2, 1
+    # (worked above), lengths 1, 2, 4.
     advantages = group_advantages(f64([3, 2, 1]), delta=0)
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     log_probs = f64([[-1.0, -2, -3, -4]] * 3).requires_grad_()
-    # The policy's own serve as old and reference log-probabilities without a detach: those are constants.
-    loss, stats = grpo_loss(log_probs, log_probs, log_probs, advantages, mask, clip_eps=0.2, beta=0.04)
+    # The policy's own serve as old and reference log-probabilities, without a detach: those are
+    # constants.
+    loss, stats = grpo_loss(log_probs, log_probs, log_probs, advantages, mask, clip_eps=0.2,
+                            beta=0.04)
     loss.backward()
     a = 1.5**0.5
     close(loss, 0)
     close(log_probs.grad, [[-a / 3, 0, 0, 0], [0, 0, 0, 0], [a / 12] * 4])
-    assert (stats["kl"], stats["clip_fraction"], stats["ratio_max"]) == (0, 0, 1)
+    assert (stats["kl"], stats["clip_fraction"]) == (0, 0)
 
 
 def test_only_the_policy_gets_a_gradient():
@@ -211,22 +226,17 @@ def test_masked_positions_do_not_matter(garbage, which):
             dirty[i][1, 2] = garbage
     results = []
     for inputs in (clean, dirty):
-        loss, stats = grpo_loss(*inputs, f64(ADVANTAGES), torch.tensor(MASK), clip_eps=0.2, beta=0.5)
+        loss, stats = grpo_loss(*inputs, f64(ADVANTAGES), torch.tensor(MASK), clip_eps=0.2,
+                                beta=0.5)
         loss.backward()
-        results.append((loss.item(), inputs[0].grad.tolist(), {k: v.item() for k, v in stats.items()}))
+        stats = {name: value.item() for name, value in stats.items()}
+        results.append((loss.item(), inputs[0].grad.tolist(), stats))
     assert results[0] == results[1]
 
 
-def test_padding_does_not_hide_a_ratio_below_one():
-    old = f64([[-1, -1]])
-    log_probs = old + f64([[0.5, 1]]).log()
-    mask = torch.tensor([[True, False]])
-    stats = grpo_loss(log_probs, old, None, f64([1]), mask, clip_eps=0.2, beta=0.0)[1]
-    close(stats["ratio_max"], 0.5)
-
-
 def test_a_completion_without_tokens():
-    # It adds 0 and still counts: J = (2 + 0) / 2 = 1; the other's token has gradient -2 / (2 * 1) = -1.
+    # It adds 0 and still counts: J = (2 + 0) / 2 = 1; the other's token has gradient
+    # -2 / (2 * 1) = -1.
     log_probs = f64([[-1, NAN], [NAN, NAN]]).requires_grad_()
     inputs = log_probs, log_probs, log_probs, f64([2, 5])
     mask = torch.tensor([[True, False], [False, False]])
@@ -235,7 +245,7 @@ def test_a_completion_without_tokens():
     close(loss, -1)
     close(log_probs.grad, [[-1, 0], [0, 0]])
     loss, stats = grpo_loss(*inputs, mask & False, clip_eps=0.2, beta=0.5)
-    assert [loss.item()] + [s.item() for s in stats.values()] == [0, 0, 0, 0]
+    assert [loss.item()] + [s.item() for s in stats.values()] == [0, 0, 0]
 
 
 def test_long_completions_weigh_no_more_than_short_ones():
@@ -245,8 +255,9 @@ def test_long_completions_weigh_no_more_than_short_ones():
 
 
 def loss_token_by_token(log_probs, old, ref, advantages, mask, eps, beta):
-    """Eqs. 8-10 as written, with floats; tokens that the clip acts on are counted by its definition."""
-    total, total_kl, clipped, tokens, ratios = 0.0, 0.0, 0, 0, [0.0]
+    """Eqs. 8-10 as written, with floats; tokens that the clip acts on are counted by its
+    definition."""
+    total, total_kl, clipped, tokens = 0.0, 0.0, 0, 0
     for i, advantage in enumerate(advantages):
         length = max(sum(mask[i]), 1)
         for t in range(len(mask[i])):
@@ -259,10 +270,8 @@ def loss_token_by_token(log_probs, old, ref, advantages, mask, eps, beta):
             total_kl += kl / length
             clipped += bounded * advantage < ratio * advantage
             tokens += 1
-            ratios.append(ratio)
     n = len(advantages)
-    clip_fraction = clipped / max(tokens, 1)
-    return -total / n, {"kl": total_kl / n, "clip_fraction": clip_fraction, "ratio_max": max(ratios)}
+    return -total / n, {"kl": total_kl / n, "clip_fraction": clipped / max(tokens, 1)}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -287,5 +296,8 @@ def test_against_a_loop_over_tokens(seed):
 def test_grpo_imports_torch_alone():
     tree = ast.parse((pathlib.Path(__file__).parents[1] / "grpo.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [a.name if isinstance(node, ast.Import) else node.module for node in imports for a in node.names]
+    names = []
+    for node in imports:
+        plain = isinstance(node, ast.Import)
+        names += [alias.name if plain else node.module for alias in node.names]
     assert names == ["torch"]

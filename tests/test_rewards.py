@@ -1,4 +1,5 @@
-"""rewards.py: tables of strings, IoUs by hand and against pycocotools, 10,000 strings to break it."""
+"""rewards.py: tables of strings, IoUs by hand and against pycocotools, 10,000 strings to break
+it."""
 import json
 import math
 import random
@@ -9,7 +10,8 @@ import pytest
 import torch
 from pycocotools import mask as coco
 
-from rewards import box_iou, find_box, format_reward, mask_counts, mask_iou, parse_box, unified_reward
+from rewards import (box_iou, find_box, format_reward, mask_counts, mask_iou, parse_box,
+                     unified_reward)
 
 BOX = '[{"bbox_2d": [10, 20, 30, 40], "label": "car"}]'
 OTHER = '[{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]'
@@ -17,8 +19,9 @@ THINK = "<think>The car is on the left.</think>"
 
 # The assistant's turn of Fig. 4, its fences as the prompt of the same figure asks for them.
 FIGURE_4 = """<think>
-The task is to identify the car that may need repair among the vehicles shown in the image. The key \
-indicators for this include visible damage or wear, open hoods, or any other signs of mechanical issues.
+The task is to identify the car that may need repair among the vehicles shown in the image. \
+The key indicators for this include visible damage or wear, open hoods, or any other signs of \
+mechanical issues.
 
 Looking at the image:
 
@@ -127,6 +130,7 @@ BAD_NUMBERS = [  # what may not stand for the box
     "[0x10, 20, 30, 40]",
 ]
 ANSWER = f"<answer>{BOX}</answer>"
+    # the paper's text, not its Fig. 4
 LAYOUT = [  # the whole text, whether its box is found, and R_format
     (FIGURE_4, True, 1.0),
     (THINK + ANSWER, True, 1.0),
@@ -160,7 +164,7 @@ LAYOUT = [  # the whole text, whether its box is found, and R_format
     (f"<think></think>{ANSWER}", True, 0.0),
     (f"<think> \n\t</think>{ANSWER}", True, 0.0),
     (f"<think>Is this <thinking>?</think>{ANSWER}", True, 1.0),
-    (f"<thinking>The car is on the left.</thinking>{ANSWER}", True, 0.0),  # the paper's text, not its Fig. 4
+    (f"<thinking>The car is on the left.</thinking>{ANSWER}", True, 0.0),
     (f"<THINK>The car is on the left.</THINK>{ANSWER}", True, 0.0),
     (f"<think >The car is on the left.</think>{ANSWER}", True, 0.0),
     (f"{THINK}<answer>{BOX}</answer", False, 0.0),
@@ -207,6 +211,7 @@ def test_a_box_is_passed_on_as_written():
 SQUARE = (0.0, 0.0, 10.0, 10.0)
 
 
+        # width and area overflow
 @pytest.mark.parametrize(
     "box, truth, iou",
     [
@@ -219,7 +224,7 @@ SQUARE = (0.0, 0.0, 10.0, 10.0)
         ((10, 0, 20, 10), SQUARE, 0),  # touching at an edge
         ((10, 10, 20, 20), SQUARE, 0),  # touching at a corner
         ((30, 30, 40, 40), SQUARE, 0),
-        ((-1e308, -1e308, 1e308, 1e308), (-1e308, -1e308, 1e308, 1e308), 1),  # width and area overflow
+        ((-1e308, -1e308, 1e308, 1e308), (-1e308, -1e308, 1e308, 1e308), 1),
         ((0, 0, 1e308, 1e308), (-1e308, 0, 1e308, 1e308), 1 / 2),
         ((0, 0, 1e308, 1e308), SQUARE, 0),  # 1e-614 is below every float
         ((0, 0, 1e-300, 1e-300), (0, 0, 1e-300, 1e-300), 1),  # area underflows
@@ -292,7 +297,8 @@ def test_ignored_pixels_count_in_neither():
     ignore[2] = True  # one of both, one of the truth alone, leaves 2 of 4
     assert [int(n) for n in mask_counts(MASK, TRUTH, ignore)] == [2, 4]
     assert mask_iou(MASK.numpy(), TRUTH.numpy(), ignore.numpy()) == 0.5
-    assert mask_iou(MASK, TRUTH, torch.ones_like(MASK)) == 1.0  # nothing is left: empty against empty
+    # nothing is left: empty against empty
+    assert mask_iou(MASK, TRUTH, torch.ones_like(MASK)) == 1.0
 
 
 def test_empty_masks():
@@ -362,8 +368,10 @@ def test_unified_reward():
 
 # --- whatever a model may write ---
 
-SOUP = ["<think>", "</think>", "<answer>", "</answer>", "```json", "```", BOX, OTHER, '{"bbox_2d": ']
-SOUP += ["[", "]", "}", "[1, 2, 3, 4]", "1e999", "NaN", "-", "9" * 5000, "true", "null", ",", " ", "\r\n"]
+SOUP = ["<think>", "</think>", "<answer>", "</answer>", "```json", "```", BOX, OTHER,
+        '{"bbox_2d": ']
+SOUP += ["[", "]", "}", "[1, 2, 3, 4]", "1e999", "NaN", "-", "9" * 5000, "true", "null", ",", " ",
+         "\r\n"]
 SOUP += ["\0", "\ud800", "<", "é"]
 
 
@@ -389,7 +397,8 @@ def random_numbers(rng):
     kinds = [
         lambda: str(rng.randrange(-10, 700)),
         lambda: repr(rng.uniform(-1, 1) * 10.0 ** rng.randrange(-320, 309)),
-        lambda: rng.choice(["0", "-0.0", "1e308", "-1e308", "1.8e308", "5e-324", "1e999", "true", "9" * 400]),
+        lambda: rng.choice(["0", "-0.0", "1e308", "-1e308", "1.8e308", "5e-324", "1e999", "true",
+                            "9" * 400]),
     ]
     return "[" + ", ".join(rng.choice(kinds)() for _ in range(rng.choice([4] * 20 + [3, 5]))) + "]"
 
@@ -407,7 +416,8 @@ def hostile_string(rng, n):
         depth = rng.randrange(50_000)
         opening = rng.choice(["[", "{", '{"bbox_2d":', '[{"bbox_2d":['])
         return answer(opening * depth + "]" * rng.randrange(depth + 1))
-    text = rng.choice([FIGURE_4, answer(BOX), answer(f"```json\n{BOX}\n```"), boxed(random_numbers(rng))])
+    text = rng.choice([FIGURE_4, answer(BOX), answer(f"```json\n{BOX}\n```"),
+                       boxed(random_numbers(rng))])
     for _ in range(rng.choice([1, 1, 2, 5])):
         text = mutate(rng, text)
     return text
@@ -415,7 +425,8 @@ def hostile_string(rng, n):
 
 def test_ten_thousand_hostile_strings():
     rng = random.Random(0)
-    seen = {"box": 0, "no box": 0, "well formed": 0, "box in bad form": 0, "overlap": 0, "no overlap": 0}
+    seen = {"box": 0, "no box": 0, "well formed": 0, "box in bad form": 0, "overlap": 0,
+            "no overlap": 0}
     previous = SQUARE
     for n in range(10_000):
         text = hostile_string(rng, n)
@@ -437,6 +448,7 @@ def test_ten_thousand_hostile_strings():
 # --- the box of an answer to a released prompt ---
 
 
+        # as the released code reads it
 @pytest.mark.parametrize(
     "text, box",
     [
@@ -450,7 +462,7 @@ def test_ten_thousand_hostile_strings():
         (f"```json\n{BOX}\n```", (10, 20, 30, 40)),
         (FIGURE_4, (0, 129, 365, 347)),
         (f"not [1, 2, 3], but [4, 5, 6, 7], {BOX}", (4, 5, 6, 7)),  # the first with four numbers
-        ("<think>[1,2,3,4]</think><answer>[5,6,7,8]</answer>", (1, 2, 3, 4)),  # as the released code reads it
+        ("<think>[1,2,3,4]</think><answer>[5,6,7,8]</answer>", (1, 2, 3, 4)),
         ('<answer>[{"bbox_2d": [5,6,7,8]', (5, 6, 7, 8)),  # cut at the limit
         ("(300,150),(100,350)", (300, 150, 100, 350)),  # inverted: box_iou gives it 0
     ],
@@ -463,8 +475,10 @@ def test_find_box(text, box):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no box", "[1, 2, 3]", "[1, 2, 3, 4, 5]", "1, 2, 3, 4", "[a, b, c, d]", "[1, 2, nan, 4]", "[1e9, 2, 3, 4]"]
-    + ["[1 2 3 4]", "(1,2)(3,4)", "[1, 2, 3, 4", "{1, 2, 3, 4}", "[1,, 2, 3, 4]", f"[{'9' * 5000}, 2, 3, 4]"]
+    ["", "no box", "[1, 2, 3]", "[1, 2, 3, 4, 5]", "1, 2, 3, 4", "[a, b, c, d]", "[1, 2, nan, 4]",
+     "[1e9, 2, 3, 4]"]
+    + ["[1 2 3 4]", "(1,2)(3,4)", "[1, 2, 3, 4", "{1, 2, 3, 4}", "[1,, 2, 3, 4]",
+       f"[{'9' * 5000}, 2, 3, 4]"]
     + ["[--1, 2, 3, 4]", "[1., 2, 3, 4]"],
 )
 def test_find_box_finds_none(text):
@@ -473,8 +487,10 @@ def test_find_box_finds_none(text):
 
 def test_find_box_leaves_the_papers_answers_to_parse_box():
     rng = random.Random(2)
-    texts = [hostile_string(rng, n) for n in range(500)] + [FIGURE_4, "(12,34),(56,78)", "[1,2,3,4]", answer(BOX)]
-    assert [find_box(t) for t in texts] == [parse_box(t) for t in texts] == [find_box(t, "paper") for t in texts]
+    texts = [hostile_string(rng, n) for n in range(500)]
+    texts += [FIGURE_4, "(12,34),(56,78)", "[1,2,3,4]", answer(BOX)]
+    for text in texts:
+        assert find_box(text) == find_box(text, "paper") == parse_box(text)
     assert find_box("[1,2,3,4]") is None and find_box(answer(BOX)) == (10, 20, 30, 40)
 
 
@@ -482,23 +498,26 @@ def test_find_box_on_hostile_strings():
     rng, found = random.Random(3), 0
     for n in range(10_000):
         box = find_box(hostile_string(rng, n), "released")
-        assert box is None or (type(box) is tuple and len(box) == 4 and all(map(math.isfinite, box)))
+        assert box is None or (type(box) is tuple and len(box) == 4
+                               and all(map(math.isfinite, box)))
         found += box is not None
     assert 300 < found < 9_700
 
 
 @pytest.mark.parametrize(
     "piece",
-    ["[", "(", "[1,", "[ ", "[1, 2, 3, 4", "1" * 10, "[1,2,3,", "[1),(", " ", "(1,2),(3,", "-", "[1." + "1" * 10],
+    ["[", "(", "[1,", "[ ", "[1, 2, 3, 4", "1" * 10, "[1,2,3,", "[1),(", " ", "(1,2),(3,", "-",
+     "[1." + "1" * 10],
 )
 def test_find_box_takes_linear_time(piece):
-    """Twenty times the text in well under eighty times the time: quadratic would be four hundred times."""
+    """Twenty times the text in well under eighty times the time: quadratic would be four hundred
+    times."""
     def seconds(n):
-        text, began = piece * (n // len(piece)), time.perf_counter()
+        text, began = piece * (n // len(piece)), time.process_time()
         find_box(text, "released")
-        return time.perf_counter() - began
+        return time.process_time() - began
     short = min(seconds(20_000) for _ in range(5))
-    assert min(seconds(400_000) for _ in range(2)) < 80 * max(short, 2e-4)
+    assert min(seconds(400_000) for _ in range(5)) < 80 * max(short, 2e-4)
 
 
 def test_numbers_written_by_json_come_back():

@@ -43,7 +43,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # before CUDA starts: reproducible matrix products
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "extras")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ from transformers import (AutoProcessor, GenerationConfig, PreTrainedTokenizerFa
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import data
-import shapes_world as world
+import world
 from rewards import box_iou, format_reward, parse_box
 
 SIDE, PATCH = world.SIDE, 8
@@ -68,7 +68,6 @@ CELLS = GRID // 2                      # picture tokens along a side: 2 x 2 patc
 PICTURE = CELLS ** 2                   # picture tokens
 THINGS = 4                             # at most, in a scene
 EXPRESSIONS = 6                        # drawn per training scene
-HELD_OUT = 500                         # scenes to evaluate on
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -415,7 +414,7 @@ def check_mllm(model, folder, patches, scenes, samples, expressions, say):
     processor = AutoProcessor.from_pretrained(folder)
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).to(DEVICE)
     item = {"id": "check", "text": expressions[0][0][2], "image": to_image(scenes["picture"][0]),
-            "mask": np.ones((SIDE, SIDE), bool), "box": (0, 0, 1, 1)}
+            "mask": np.ones((SIDE, SIDE), bool), "ignore": np.zeros((SIDE, SIDE), bool), "box": (0, 0, 1, 1)}
     batch = data.Collator(processor, loaded.config.model_type, SIDE, max_prompt=400)([item])
     ids = batch["ids"][0][None].to(DEVICE)
     out = loaded.generate(input_ids=ids, mm_token_type_ids=batch["types"][0][None].to(DEVICE),
@@ -619,6 +618,7 @@ def main():
     parser.add_argument("--output", default=str(Path(__file__).parent), help="folder for mllm/, sam/ and build.log")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=16000, help="training scenes; 55 kB of device memory each")
+    parser.add_argument("--held-out", type=int, default=500, help="scenes to evaluate on, at least 4")
     parser.add_argument("--steps", type=int, help="default: mllm 1200, sam 1500")
     parser.add_argument("--batch", type=int, help="default: mllm 32 answers, sam 16 pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -640,7 +640,7 @@ def main():
 
         began = time.time()
         scenes, expressions = make_scenes(args.scenes, f"{args.seed} train")
-        held_out, held_expressions = make_scenes(HELD_OUT, f"{args.seed} held out", full=True)
+        held_out, held_expressions = make_scenes(args.held_out, f"{args.seed} held out", full=True)
         scenes, held_out = ({k: v.to(DEVICE) for k, v in s.items()} for s in (scenes, held_out))  # after the last fork
         say(f"\n{' '.join(sys.argv)}\ntorch {torch.__version__}, transformers {transformers.__version__}, {DEVICE}; "
             f"{args.scenes} scenes in {time.time() - began:.0f} s")
