@@ -242,10 +242,9 @@ def start_processes(shared, kind="full"):
     device = choose_device(shared)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # what stays in fp32 (SAM's head) may use TF32 where the rest is bf16, and nowhere else
-    tf32 = shared.precision == "bf16"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+        # what stays in fp32 (SAM's head) may use TF32 where the rest is bf16, and nowhere else
+        torch.backends.cudnn.allow_tf32 = shared.precision == "bf16"
+        torch.set_float32_matmul_precision("high" if shared.precision == "bf16" else "highest")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(hours=2)  # a rank may have long answers to write while the others wait
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)

@@ -246,7 +246,8 @@ def lens_attention(module, query, key, value, attention_mask, group=None, one_to
     (B, heads, L, d), P, G = query.shape, group.P, len(group.places) // len(query)
 
     def of_segments(x):  # -> (N, heads, S, d)
-        return x.transpose(1, 2).flatten(0, 1)[group.places].transpose(1, 2)
+        rows = x.transpose(1, 2).flatten(0, 1).index_select(0, group.places.flatten())
+        return rows.view(*group.places.shape, -1, d).transpose(1, 2)
 
     def of_prompt_and_segments(x):  # -> (N, heads, P + S, d)
         return torch.cat([x[:, :, :P].repeat_interleave(G, 0), of_segments(x)], 2)
@@ -455,7 +456,8 @@ class FixedCache:
     def __init__(self, mllm, N, longest_prompt, max_new, compiled=True):
         config, weight = mllm.config.text_config, mllm.lm_head.weight
         d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        length = -(-longest_prompt // 512) * 512 + max_new
+        self.room = -(-max_new // 8) * 8  # slots for a completion; fused kernels like eights
+        length = -(-longest_prompt // 512) * 512 + self.room
         shape = (config.num_hidden_layers, 2, N, config.num_key_value_heads, length, d)
         self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.slot = torch.zeros(1, dtype=torch.long, device=weight.device)
@@ -470,7 +472,7 @@ class FixedCache:
         """Keys and values (n, heads, length, d) of each layer from now on: views of the whole."""
         self.layers = [tuple(layer[:, :n, :, :length]) for layer in self.whole]
         for tensor in sum(self.layers, ()):  # else a CUDA graph would copy it at every step
-            torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def update(self, key, value, layer, *args, **kwargs):
         """What a layer of the language model calls with the new token's key and value."""
@@ -479,19 +481,19 @@ class FixedCache:
         values.index_copy_(2, self.slot, value)
         return keys, values
 
-    def get_seq_length(self, *args):
-        return 0  # the language model asks, but it is given its positions and mask
+    def get_seq_length(self, *args):  # asked for, but positions and mask are given
+        return 0
 
-    def begin(self, prompt_cache, attention, G, max_new):
+    def begin(self, prompt_cache, attention, G):
         """Take over the cache of B prompts, each repeated G times; attention (B, P)."""
         B, P = attention.shape
         first = -(-P // 512) * 512  # slot of the first completion token
-        self.take(B * G, first + max_new)
+        self.take(B * G, first + self.room)
         for held, layer in zip(self.layers, prompt_cache.layers):
             held[0][:, :, first - P:first] = layer.keys.repeat_interleave(G, 0)
             held[1][:, :, first - P:first] = layer.values.repeat_interleave(G, 0)
         self.slot.fill_(first - 1)
-        seen = F.pad(attention.bool(), (first - P, max_new)).repeat_interleave(G, 0)
+        seen = F.pad(attention.bool(), (first - P, self.room)).repeat_interleave(G, 0)
         self.mask = seen[:, None, None]  # (n, 1, 1, length)
         self.smallest = B * G // 8
         return self
@@ -543,7 +545,7 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
     if fixed is None:
         cache = GrowingCache(lm, prompt_cache, attention, G)
     else:
-        cache = fixed.begin(prompt_cache, attention, G, max_new)
+        cache = fixed.begin(prompt_cache, attention, G)
     N, device = len(hidden), hidden.device
     alive = torch.arange(N, device=device)  # the samples that the decoding batch still holds
     tokens = torch.full((N, max_new), eos, device=device)

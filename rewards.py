@@ -1,5 +1,5 @@
-"""The unified rewards of LENS: completion text + predicted mask + truth -> one number per sample
-(Eq. 11).
+"""The unified rewards of LENS (Eq. 11), and the prompt that says what they ask for (Fig. 4):
+completion text + predicted mask + truth -> one number per sample.
 
 A sample is a completion and the mask that follows from it. Three cues grade it, from coarse to
 fine: is the text laid out as asked (R_format), does the box it names lie on the object (R_box),
@@ -17,6 +17,7 @@ that Table 5 can switch them one by one. Two empty masks have IoU 1, as in the m
 silent. Released code: it squares both IoUs (here the caller may, --iou-power 2), scores no format
 on RefCOCO, takes the first box in the whole text, the thinking included (find_box does, for its
 prompts alone), loses a box to a space before a comma, and can divide by zero on an inverted box.
+Its prompts ask for a box, with reasoning or without (`--prompt released`, `released-cot`).
 """
 import json
 import math

@@ -202,9 +202,9 @@ class Scores:
     advantages: torch.Tensor            # (B, G), Eqs. 6-7
 
 
-def make_groups(lens, reference, batch, positions, samples, decode, args):
-    """Split a rank's share of the batch into passes of --micro-batch groups; `decode` turns G
-    completions into texts. -> list of Groups"""
+def make_groups(lens, reference, batch, positions, samples, texts, args):
+    """Split a rank's share of the batch, its Samples and their texts (B x G) into passes of
+    --micro-batch groups. -> list of Groups"""
     passes, device, G = [], batch["pixel_values"].device, len(samples.completions[0])
     for i in range(0, len(positions), args.micro_batch):
         some = slice(i, i + args.micro_batch)
@@ -219,8 +219,8 @@ def make_groups(lens, reference, batch, positions, samples, decode, args):
             text_only = packed if lens.positions == "mrope" else pack("mrope")
             ref_log_probs = reference(part["pixel_values"], part["grid_thw"], text_only,
                                       args.temperature)
-        r_format, r_box = text_rewards([decode(group) for group in completions],
-                                       samples.finished[some], part, args.iou_power, lens.prompt)
+        r_format, r_box = text_rewards(texts[some], samples.finished[some], part, args.iou_power,
+                                       lens.prompt)
         of_part = samples.log_probs[i * G:(i + len(completions)) * G, :packed.mask.shape[1]]
         passes.append(Groups(part, packed, lens.encode_pictures(part["sam_pixels"]), of_part,
                              ref_log_probs, r_format.to(device), r_box.to(device),
@@ -302,23 +302,25 @@ def parameter_groups(lens, args):
 # --- Looking at a run -----------------------------------------------------------------------------
 
 def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
-    """Tokens per second over all processes, and the arithmetic of the update: 6 FLOPs per weight of
-    the language model and token of a packed row, 2 more for the reference; recomputed layers,
-    attention and pictures are not counted, as usual. -> {name: number}"""
+    """Tokens per second over all processes, and the arithmetic of the update on each GPU: 6 FLOPs
+    per weight of the layers and token of a packed row, and of the head and completion token; 2 more
+    for the reference. Recomputed layers, attention and pictures are not counted, as usual. ->
+    {name: number}"""
     sampled = sum(len(ids) for group in samples.completions for ids in group)
     trained = sum(groups.packed.ids.numel() for groups in passes)
     tokens = torch.tensor([sampled, trained], dtype=torch.float64)
     dist.all_reduce(tokens)
     sampled, trained = tokens.tolist()
-    weights = sum(p.numel() for p in lens.mllm.model.language_model.parameters())
-    per_token = 6 * weights * args.updates_per_batch + 2 * weights * (args.beta > 0)
-    flops = per_token * trained / world / max(seconds_update, 1e-9)  # of each GPU
+    layers = sum(p.numel() for p in lens.mllm.model.language_model.layers.parameters())
+    weighted = layers * trained + lens.mllm.lm_head.weight.numel() * sampled
+    flops = (6 * args.updates_per_batch + 2 * (args.beta > 0)) * weighted
+    tflops = flops / world / max(seconds_update, 1e-9) / 1e12
     row = {"sampled_per_second": round(sampled / max(seconds_sampling, 1e-9)),
            "trained_per_second": round(trained / max(seconds_update, 1e-9)),
-           "tflops": round(flops / 1e12, 3)}
+           "tflops": round(tflops, 3)}
     if args.gpu_tflops:
-        row["mfu"] = round(flops / 1e12 / args.gpu_tflops, 4)
-    if torch.cuda.is_available():
+        row["mfu"] = round(tflops / args.gpu_tflops, 4)
+    if lens.queries.is_cuda:
         row["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return row
 
@@ -337,7 +339,8 @@ def validate(lens, sampler, fixed, rows, collate, decode, shared, args, rank, wo
         positions = prompt_positions(lens.mllm, batch)
         samples = generate(sampler, batch, positions, 1, shared.max_completion, lens.eos,
                            lens.forbidden, fixed=fixed)
-        groups, = make_groups(lens, None, batch, positions, samples, decode, args)
+        texts = [decode(group) for group in samples.completions]
+        groups, = make_groups(lens, None, batch, positions, samples, texts, args)
         out = lens(batch["pixel_values"], batch["grid_thw"], groups.packed, groups.features,
                    with_log_probs=False)
         found = torch.stack([mask_rewards(out["mask_logits"], batch, 1.0), groups.r_box,
@@ -397,11 +400,14 @@ def main():
         samples = generate(sampler, batch, positions, G, longest, lens.eos, lens.forbidden,
                            uniforms, args.temperature, fixed)
         sampled = time.time()
-        passes = make_groups(lens, reference, batch, positions, samples, decode, args)
+        texts = [decode(group) for group in samples.completions]
+        passes = make_groups(lens, reference, batch, positions, samples, texts, args)
         factor = learning_rate(step, total, args.warmup, "linear")
         means, norm = train_on(lens, optimizer, passes, factor, args, world, step)
         updated = time.time()
         refresh(sampler, lens)
+        if device.type == "cuda":  # or the next step's time would hold what is still under way
+            torch.cuda.synchronize()
         row = {"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor,
                **speed(lens, passes, samples, sampled - began, updated - sampled, args, world),
                "seconds_sampling": round(sampled - began, 3),
@@ -419,7 +425,7 @@ def main():
             metrics.say(f"step {step + 1}: reward {means['reward']:.3f} = format "
                         f"{means['reward_format']:.3f}, box {means['reward_box']:.3f}, mask "
                         f"{means['reward_mask']:.3f}; kl {means['kl']:.4f}\n"
-                        f"  {batch['texts'][0]!r} -> {decode(samples.completions[0])[0]!r}")
+                        f"  {batch['texts'][0]!r} -> {texts[0][0]!r}")
         if end_of_step(folder, step + 1, total, lens, optimizer, args, received, metrics):
             return
     export(folder, lens, shared, sampler, processor)

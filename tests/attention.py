@@ -58,8 +58,8 @@ def main(folder):
     rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), ROWS).rows
     batch = collate([load_item(*row) for row in rows])
     positions = prompt_positions(lens.mllm, batch)
-    completions, _ = generate(lens.mllm, batch, positions, 1, shared.max_completion, lens.eos,
-                              lens.forbidden)
+    completions = generate(lens.mllm, batch, positions, 1, shared.max_completion, lens.eos,
+                           lens.forbidden).completions
     lens.mllm.set_attn_implementation({"text_config": "eager"})
     shares, drawn = [], []
     for b in range(ROWS):

@@ -55,7 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from align import segmentation_loss, set_trainable
+from align import set_trainable
 from grpo import grpo_loss
 from model import Lens, draw_uniforms, generate, pack_groups, prompt_positions
 from train_rl import Groups, Reference, RLArgs, Scores, backward_pass, copy_mllm
@@ -112,7 +112,7 @@ def build_sam(width=56):
 def build_world(P, lengths):
     """Model, sampler, reference, a prompt of P tokens with a picture, and completions of the given
     lengths."""
-    settings = SimpleNamespace(num_queries=M, connector="vit", connector_heads=4,
+    settings = SimpleNamespace(num_queries=M, connector="vit", connector_heads=4, precision="fp32",
                                prompt_tokens="all", prompt="paper", positions="mrope",
                                multimask=False)
     forbidden = torch.zeros(V, dtype=torch.bool)
@@ -174,7 +174,8 @@ def group_segmentation(w):
 def group_pass(w):
     features, zero = w.lens.encode_pictures(w.batch["sam_pixels"]), torch.zeros(1, w.G)
     ref_log_probs = w.reference(w.batch["pixel_values"], w.batch["grid_thw"], w.packed)
-    groups = Groups(w.batch, w.packed, features, ref_log_probs, r_format=zero, r_box=zero)
+    groups = Groups(w.batch, w.packed, features, w.old, ref_log_probs, r_format=zero, r_box=zero,
+                    finished=zero == 0)
     scores = Scores(w.old, r_mask=zero, reward=zero, advantages=w.advantages)
     backward_pass(group_forward(w, features), groups, scores, w.args, world=1)
 

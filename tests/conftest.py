@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 torch.set_num_threads(1)
 
 import world as shapes_world
+from model import Samples
 
 IMAGE, END, VOCABULARY = 255, 2, 256
 
@@ -67,6 +68,13 @@ def random_batch(grids=((1, 4, 6), (1, 6, 4)), texts=(7, 11), seed=1):
             "sam_pixels": torch.randn(len(grids), 3, 128, 128, generator=g)}
 
 
+def stored_samples(completions, finished):
+    """Samples as if they had been drawn, without the sampler's log-probs."""
+    longest = max(len(completion) for group in completions for completion in group)
+    number = sum(map(len, completions))
+    return Samples(completions, finished, torch.zeros(number, longest))
+
+
 def random_completions(B=2, G=3, longest=9, seed=2):
     g = torch.Generator().manual_seed(seed)
     groups = []
@@ -82,8 +90,8 @@ def random_completions(B=2, G=3, longest=9, seed=2):
 @pytest.fixture
 def lens():
     from model import Lens
-    args = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all",
-                           prompt="paper", positions="mrope", multimask=False)
+    args = SimpleNamespace(num_queries=5, precision="fp32", connector="vit", connector_heads=4,
+                           prompt_tokens="all", prompt="paper", positions="mrope", multimask=False)
     forbidden = torch.arange(VOCABULARY) >= 250
     return Lens(random_mllm(), random_sam(), args, forbidden, END)
 

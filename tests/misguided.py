@@ -26,10 +26,9 @@ import torch
 import world
 
 from data import EvaluationRows, load_item, read_records, rescale_box, select
-from model import (SamHead, context_positions, full_size_masks, generate, load_sam, pack_groups,
-                   prompt_positions)
+from model import SamHead, context_positions, generate, load_sam, pack_groups, prompt_positions
 from picture import open_run
-from rewards import box_iou, find_box, mask_iou
+from rewards import box_iou, find_box, full_size_masks, mask_iou
 
 ROWS, BATCH = 500, 50
 SHIFTS, SHRINKS = (0.25, 0.5, 0.75, 1.0), (0.75, 0.5, 0.25)      # of the box's size, of its sides
@@ -113,7 +112,7 @@ def measure(lens, stock, processor, rows, collate, others):
         chosen = rows.rows[start:start + BATCH]
         batch = collate([load_item(*row) for row in chosen])
         positions = prompt_positions(lens.mllm, batch)
-        completions, _ = generate(lens.mllm, batch, positions, 1, 64, lens.eos, lens.forbidden)
+        completions = generate(lens.mllm, batch, positions, 1, 64, lens.eos, lens.forbidden).completions
         answers = [processor.tokenizer.decode(group[0], skip_special_tokens=True)
                    for group in completions]
         ids = [record["id"] for record, _ in chosen]

@@ -21,9 +21,8 @@ from align import SharedArgs
 from data import Collator, EvaluationRows, load_item, read_records, rescale_box
 from evaluate import draw_overlay
 from grpo import group_advantages
-from model import (build_lens, draw_uniforms, full_size_masks, generate, pack_groups,
-                   prompt_positions, read_run)
-from rewards import find_box, unified_reward
+from model import build_lens, draw_uniforms, generate, pack_groups, prompt_positions, read_run
+from rewards import find_box, full_size_masks, unified_reward
 from train_rl import mask_rewards, text_rewards
 
 G = 4
@@ -47,8 +46,9 @@ def one_group(lens, processor, collate, item, shared):
     batch = collate([item])
     positions = prompt_positions(lens.mllm, batch)
     uniforms = draw_uniforms(shared.seed, 0, [0], G, shared.max_completion)
-    completions, finished = generate(lens.mllm, batch, positions, G, shared.max_completion,
-                                     lens.eos, lens.forbidden, uniforms)
+    samples = generate(lens.mllm, batch, positions, G, shared.max_completion, lens.eos,
+                       lens.forbidden, uniforms)
+    completions, finished = samples.completions, samples.finished
     texts = processor.tokenizer.batch_decode(completions[0], skip_special_tokens=True)
     packed = pack_groups(batch["ids"], positions, completions, lens.M)
     logits = lens(batch["pixel_values"], batch["grid_thw"], packed,

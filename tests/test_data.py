@@ -21,14 +21,13 @@ from pycocotools import mask as coco
 
 import data
 import world as shapes_world
-from data import (Collator, EvaluationRows, LensError, TrainingStream, answer_text, check,
-                  chat_messages, decode_mask, extent, fill_polygon, find_datasets, load_item,
+from data import (Collator, EvaluationRows, LensError, TrainingStream, check, decode_mask, extent, fill_polygon, find_datasets, load_item,
                   load_picture, mllm_frame, read_dataset, read_lines, read_reasonseg, read_records,
                   read_refcoco, read_refs, rescale_box, sam_picture, select, to_device,
                   training_batches)
-from rewards import format_reward, parse_box
+from rewards import answer_text, chat_messages, format_reward, parse_box
 
-SIDE = 128
+SIDE, CPU = 128, torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +472,8 @@ def test_an_error_in_a_loading_process_ends_with_its_one_line(tmp_path):
     refer = Refer(tmp_path)
     refer.picture.write_text("no picture")
     stream = TrainingStream(read_records(tmp_path, ["refcoco"], ["train"]), seed=0)
-    alone, helped = (training_batches(stream, list, 0, 1, 3, 0, 1, workers) for workers in (0, 1))
+    alone, helped = (training_batches(stream, list, 0, 1, 3, 0, 1, workers, CPU) for workers in (0,
+                                                                                                 1))
     with pytest.raises(LensError) as expected:
         list(alone)
     with pytest.raises(LensError) as caught:        # torch puts the process's traceback before it
@@ -1065,7 +1065,7 @@ def test_data_sets_mix_in_the_order_asked_for(processor, tmp_path):
         ("refcocog-google/2", "val")]
     records = read_records(tmp_path, ["refcoco", "reasonseg", "cups"], ["train"])
     collate = Collator(processor, "qwen2_5_vl", SIDE, 2048)
-    batch, = training_batches(TrainingStream(records, seed=0), collate, 0, 1, 7, 0, 1, workers=0)
+    batch, = training_batches(TrainingStream(records, seed=0), collate, 0, 1, 7, 0, 1, 0, CPU)
     objects = sorted(key.rpartition("/")[0] for key in batch["keys"])
     assert objects == sorted(record["id"] for record in records)
     has_mask = [weights.any().item() for weights in batch["low_weights"]]
@@ -1258,7 +1258,7 @@ def test_the_expression_is_drawn_anew_in_each_epoch_from_the_objects_own(records
 def test_a_step_holds_the_same_items_on_any_number_of_processes(records, world, start):
     def batches(rank, world, start):
         return list(training_batches(TrainingStream(records, seed=3), keys, start, 6, 4, rank,
-                                     world, workers=0))
+                                     world, 0, CPU))
 
     ranks = [batches(rank, world, start) for rank in range(world)]
     stream = TrainingStream(records, seed=3)
@@ -1270,8 +1270,8 @@ def test_a_step_holds_the_same_items_on_any_number_of_processes(records, world, 
 
 
 def test_worker_processes_change_nothing(records):
-    alone, helped = (list(training_batches(TrainingStream(records, seed=3), keys, 1, 6, 4, 0, 1, n))
-                     for n in (0, 2))
+    alone, helped = (list(training_batches(TrainingStream(records, seed=3), keys, 1, 6, 4, 0, 1, n,
+                                           CPU)) for n in (0, 2))
     assert alone == helped
 
 

@@ -110,7 +110,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with command_line("--checkpoint", "x", "--prompt-with", "box"):
         shared = align.SharedArgs(**align.TINY)
-        align.start_processes()
+        align.start_processes(align.SharedArgs())
         lens, _ = model.build_lens(shared)
         lens.connector.to_sam[2].weight.data *= 10
         align.export(folder, lens, shared)

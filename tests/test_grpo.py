@@ -300,4 +300,4 @@ def test_grpo_imports_torch_alone():
     for node in imports:
         plain = isinstance(node, ast.Import)
         names += [alias.name if plain else node.module for alias in node.names]
-    assert names == ["torch"]
+    assert {name.split(".")[0] for name in names} == {"torch"}

@@ -53,7 +53,7 @@ def random_family(family, tied=False, vocabulary=VOCABULARY, image=IMAGE, video=
 
 
 def lens_of(mllm, **settings):
-    defaults = dict(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all",
+    defaults = dict(num_queries=5, precision="fp32", connector="vit", connector_heads=4, prompt_tokens="all",
                     prompt="paper", positions="mrope", multimask=False)
     args = SimpleNamespace(**{**defaults, **settings})
     return model.Lens(mllm, random_sam(), args, torch.arange(VOCABULARY) >= 250, END)
@@ -268,8 +268,9 @@ def test_sampled_frequencies_follow_the_probabilities():
 
 def sample(lens, batch, G, uniforms=None, longest=12, **options):
     positions = prompt_positions(lens.mllm, batch)
-    return generate(lens.mllm, batch, positions, G, longest, END, lens.forbidden, uniforms,
-                    **options)
+    samples = generate(lens.mllm, batch, positions, G, longest, END, lens.forbidden, uniforms,
+                       **options)
+    return samples.completions, samples.finished
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -388,7 +389,7 @@ def test_the_head_is_trained_and_sharded_tied_or_not(family, tied):
     lens = lens_of(random_family(family, tied))
     batch, completions = random_batch(), random_completions()
     alone, twin = copy.deepcopy(lens), train_rl.copy_mllm(lens.mllm, "fp32")
-    mesh = align.start_processes()[3]
+    mesh = align.start_processes(align.SharedArgs())[3]
     try:
         for one in (alone, lens):
             frozen = set_trainable(one, "rl")

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import END, IMAGE, TORCHRUN, random_batch, random_sam, run
+from conftest import END, IMAGE, TORCHRUN, random_batch, random_sam, run, stored_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -225,8 +225,8 @@ def step(lens, batch, completions, args, precision, world, mesh):
             model.generate(sampler, batch, positions, G, uniforms.shape[1], no_token,
                            lens.forbidden, uniforms)
             peaks["sampling"], seen.peak = seen.peak, 0
-            passes = train_rl.make_groups(lens, reference, batch, positions, completions, texts,
-                                          finished, args)
+            samples = stored_samples(completions, finished)
+            passes = train_rl.make_groups(lens, reference, batch, positions, samples, texts, args)
             for groups in passes:
                 out = lens(groups.batch["pixel_values"], groups.batch["grid_thw"], groups.packed,
                            groups.features, args.temperature)
@@ -257,7 +257,7 @@ def test_one_process(shape):
     that do not all coincide."""
     precision = shape.get("precision", "bf16")
     lens, batch, completions, z, args = setting(**shape, n=2, side=8, layers=3)
-    _, world, _, mesh = start_processes()
+    _, world, _, mesh = start_processes(SharedArgs())
     try:
         peaks, exact = step(lens, batch, completions, args, precision, world, mesh)
     finally:
@@ -285,7 +285,7 @@ def test_two_processes_hold_half(tmp_path):
 
 
 def main(out):
-    rank, world, _, mesh = start_processes()
+    rank, world, _, mesh = start_processes(SharedArgs())
     lens, batch, completions, z, args = setting(T=3, G=2, gpus=2, side=4, layers=2)
     _, exact = step(lens, batch, completions, args, "bf16", world, mesh)
     both = [None] * world

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from conftest import ENVIRONMENT, IMAGE, ROOT, TORCHRUN, VOCABULARY, rows, run, script
+from conftest import (ENVIRONMENT, IMAGE, ROOT, TORCHRUN, VOCABULARY, rows, run, script,
+                      stored_samples)
 from safetensors.torch import load_file
 from test_model import lens_of, random_family, whole_pass
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -23,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import align
 import data
 import evaluate
+import rewards
 import model
 import train_rl
 from align import SharedArgs, learning_rate, plan_steps, segmentation_loss
@@ -57,7 +59,7 @@ def test_two_processes_equal_one(shards, tmp_path):
 def one_process():
     """-> tests/worker.py and a mesh of this process."""
     import worker
-    yield worker, worker.start_processes()[3]
+    yield worker, worker.start_processes(SharedArgs())[3]
     dist.destroy_process_group()
 
 
@@ -308,7 +310,7 @@ def test_exported_mllm_is_one_for_transformers(trained_by_two, world, inside, tm
              for item in data.EvaluationRows(data.read_records(world, ["shapes"], ["val"]), 4)}
     for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
         item = items.pop(row["key"])
-        text = processor.apply_chat_template(data.chat_messages(item["text"]),
+        text = processor.apply_chat_template(rewards.chat_messages(item["text"]),
                                              add_generation_prompt=True)
         inputs = processor(text=[text], images=[item["image"]], return_tensors="pt",
                            return_mm_token_type_ids=True)
@@ -428,8 +430,8 @@ def test_with_1d_positions_the_reference_keeps_the_mllms_own(one_process):
         lens = lens_of(random_family("qwen2_5_vl"), positions=kind, prompt="released")
         reference = train_rl.Reference(train_rl.copy_mllm(lens.mllm, "fp32"), lens.forbidden)
         positions = model.prompt_positions(lens.mllm, batch)
-        groups, = train_rl.make_groups(lens, reference, batch, positions, completions, texts,
-                                       finished, args)
+        groups, = train_rl.make_groups(lens, reference, batch, positions,
+                                       stored_samples(completions, finished), texts, args)
         scores, sums = worker.policy_pass(lens, groups, args, 1)
         kls[kind] = sums["kl"] / 4
         n = 0
@@ -493,7 +495,7 @@ def test_what_a_stage_makes_of_its_settings(module, piece, training, world, alig
     assert lens.sam.sam_mask_decoder.dynamic_multimask_via_stability
     processor = AutoProcessor.from_pretrained("tests/tiny/mllm")
     for ids, text in zip(batch["ids"], batch["texts"]):
-        chat = processor.apply_chat_template(data.chat_messages(text, "released"),
+        chat = processor.apply_chat_template(rewards.chat_messages(text, "released"),
                                              add_generation_prompt=True)
         encoded = processor(text=[chat], images=[Image.new("RGB", (128, 128))])
         assert ids.tolist() == encoded["input_ids"][0]
@@ -522,8 +524,8 @@ def test_what_is_ignored_counts_nowhere(one_process):
                                          (low + below) % 1.5)
         lens, _, reference = worker.build("fp32", mesh)
         args, positions = worker.settings(4), model.prompt_positions(lens.mllm, batch)
-        groups, = train_rl.make_groups(lens, reference, batch, positions, completions, texts,
-                                       finished, args)
+        groups, = train_rl.make_groups(lens, reference, batch, positions,
+                                       stored_samples(completions, finished), texts, args)
         _, sums = worker.policy_pass(lens, groups, args, 1)
         frozen = worker.build("fp32", mesh, "align")[0]
         answers = [group[0] for group in completions]

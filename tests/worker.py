@@ -17,13 +17,14 @@ import sys
 from types import SimpleNamespace
 
 from conftest import (END, VOCABULARY, random_batch, random_completions, random_mllm,
-                      random_sam)
+                      random_sam,
+                      stored_samples)
 
 import torch
 import torch.distributed as dist
 
 import train_rl
-from align import apply_update, set_trainable, shard, start_processes
+from align import SharedArgs, apply_update, set_trainable, shard, start_processes
 from data import select
 from model import Lens, prompt_positions
 from train_rl import Reference, copy_mllm, refresh
@@ -49,8 +50,8 @@ def build(precision, mesh, stage="rl"):
     """-> Lens and Reference, sharded, and the sampling copy of the Lens's MLLM. The reference is
     another policy, so that the KL is not 0."""
     torch.manual_seed(0)
-    shape = SimpleNamespace(num_queries=5, connector="vit", connector_heads=4, prompt_tokens="all",
-                            prompt="paper", positions="mrope", multimask=False)
+    shape = SimpleNamespace(num_queries=5, precision="fp32", connector="vit", connector_heads=4,
+                            prompt_tokens="all", prompt="paper", positions="mrope", multimask=False)
     forbidden = torch.arange(VOCABULARY) >= 250
     lens = Lens(random_mllm(), random_sam(), shape, forbidden, END)
     frozen = set_trainable(lens, stage)
@@ -83,8 +84,8 @@ def one_pass(lens, reference, rank, world, args):
                                     for groups in (completions, texts, finished))
     positions = prompt_positions(lens.mllm, mine)
     sums = 0
-    for groups in train_rl.make_groups(lens, reference, mine, positions, completions, texts,
-                                       finished, args):
+    samples = stored_samples(completions, finished)
+    for groups in train_rl.make_groups(lens, reference, mine, positions, samples, texts, args):
         _, found = policy_pass(lens, groups, args, world)
         sums = sums + torch.stack(list(found.values()))
     dist.all_reduce(sums)
@@ -151,7 +152,7 @@ def save_refreshed(lens, sampler, reference, rank, world, out, stale):
 def main(what, out, precision="", kind="full"):
     if what == "checkpointed":
         os.environ["LOCAL_WORLD_SIZE"] = "1"         # with hybrid, as if every process were a node
-    rank, world, _, mesh = start_processes(kind)
+    rank, world, _, mesh = start_processes(SharedArgs(precision="fp32"), kind)
     precision = precision or ("fp32" if what in ("gradients", "checkpointed") else "bf16")
     lens, sampler, reference = build(precision, mesh)
     if what == "checkpointed":

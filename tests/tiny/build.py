@@ -83,7 +83,7 @@ CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TAGS = ["\n</think>\n", "<answer>\n", "</answer>"]               # what a broken answer lacks one of
 LAYOUT = ["<think>\n", *TAGS, '```json\n[\n  {"bbox_2d": [', ", ", '], "label": "', '"}\n]\n```\n',
-          "<think>", "</think>", "<answer>", "system\n", "user\n", "assistant\n", *data.SYSTEM_PROMPT.split("{object}")]
+          "<think>", "</think>", "<answer>", "system\n", "user\n", "assistant\n", *rewards.SYSTEM_PROMPT.split("{object}")]
 
 
 def build_tokenizer():
@@ -167,13 +167,13 @@ def make_samples(scenes, expressions, processor, seed, loose, broken):
     for s, picked in enumerate(expressions):
         for _, thing, text, reasoning in picked:
             box = widen(boxes[s][thing], [rng.gauss(loose, 2) if loose else 0 for _ in range(4)])
-            answer = data.answer_text(box, text, reasoning)
+            answer = rewards.answer_text(box, text, reasoning)
             if rng.random() < broken:
                 answer = answer.replace(rng.choice(TAGS), "")
             rows.append((s, thing, texts.setdefault(text, len(texts))))
             answers.append(answer + tokenizer.eos_token)
     image = "<|image_pad|>"
-    prompts = [processor.apply_chat_template(data.chat_messages(t), add_generation_prompt=True) for t in texts]
+    prompts = [processor.apply_chat_template(rewards.chat_messages(t), add_generation_prompt=True) for t in texts]
     prompts = tokenizer([p.replace(image, image * PICTURE) for p in prompts])["input_ids"]
     responses = [ids for k in range(0, len(answers), 4096) for ids in tokenizer(answers[k:k + 4096])["input_ids"]]
     scene, thing, prompt = torch.tensor(rows).T
@@ -349,7 +349,7 @@ def check_forward(model, processor, patches, scenes, samples, expressions):
     logits, _, start = forward(model, prompts, responses, see(model.model.visual, ours))
     pad_id, grid = processor.tokenizer.pad_token_id, torch.tensor([[1, GRID, GRID]], device=DEVICE)
     for i in range(4):
-        text = processor.apply_chat_template(data.chat_messages(expressions[i][0][2]), add_generation_prompt=True)
+        text = processor.apply_chat_template(rewards.chat_messages(expressions[i][0][2]), add_generation_prompt=True)
         encoded = processor(text=[text], images=[to_image(scenes["picture"][i])], return_tensors="pt",
                             return_mm_token_type_ids=True).to(DEVICE)
         kept = prompts[i] != pad_id
