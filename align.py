@@ -18,8 +18,10 @@ What any training run needs stands here too, and train_rl.py imports it: setting
 checkpoints, schedule, metrics, the segmentation loss.
 """
 import argparse
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -156,8 +158,7 @@ class AlignArgs(TrainArgs):
         "own", "the response the queries read: the MLLM's own, or the true box")
 
 
-MODELS = {"": {}, "2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"},
-          "3b": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"}}
+MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}, "3b": {"mllm": SharedArgs.mllm}}
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", num_queries=8, connector_heads=4,
             data="runs/shapes", datasets=["shapes"], max_completion=64, precision="fp32", workers=0)
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125,
@@ -178,7 +179,7 @@ def parse_settings(classes, presets, description):
         deciding.add_argument(f"--{name}")
     deciding.add_argument("--resume", nargs="?", const="true")
     early, _ = deciding.parse_known_args()
-    parser.set_defaults(**{**MODELS, **presets}.get(early.preset or "", {}))
+    parser.set_defaults(**{**MODELS, **presets}.get(early.preset, {}))
     parser.set_defaults(**PROFILES.get(early.profile or "paper", {}))
 
     def chosen(name):
@@ -212,6 +213,10 @@ def run(main):
     except LensError as error:
         message = str(error).rpartition("LensError: ")[2].strip()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+    finally:  # loaders ignore SIGTERM: after an error Python would wait for them forever
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises at their end
+        for loader in multiprocessing.active_children():
+            loader.kill()
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another is still in a collective
         dist.destroy_process_group()
@@ -231,8 +236,8 @@ def choose_device(shared):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{local} processes, {found} GPUs: the tiny preset runs on the CPU", flush=True)
         return torch.device("cpu")
-    raise LensError(f"{local} processes on this machine, but {found} GPUs. Start one process a GPU "
-                    f"(torchrun --nproc_per_node={max(1, found)}), or take --device cpu.")
+    fits = f"Start one process a GPU (torchrun --nproc_per_node={found}), or" if found else "Here"
+    raise LensError(f"{local} processes here, but {found} GPUs. {fits} take --device cpu.")
 
 
 def start_processes(shared, kind="full"):
@@ -350,8 +355,7 @@ def save_checkpoint(folder, step, lens, optimizer, keep=2):
 def load_checkpoint(folder, lens, optimizer):
     """Restore the latest complete checkpoint, on any number of processes; rates, betas and weight
     decay stay those of `optimizer`, which the flags have chosen. -> its step"""
-    asked = [{name: value for name, value in group.items() if name != "params"}
-             for group in optimizer.param_groups]
+    asked = [without(group, "params") for group in optimizer.param_groups]
     last = sorted((Path(folder) / "checkpoints").glob("step_*"))[-1]
     weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
@@ -381,9 +385,8 @@ def full_state(module):
 
 def export(folder, lens, shared, mllm=None, processor=None):
     """Write a folder for use: context.safetensors, sam.safetensors, lens.json and, where it was
-    trained, mllm/ as save_pretrained writes it (transformers and vLLM load it unchanged); `mllm` is
-    the unsharded copy. Written beside and moved in, lens.json last: what has a lens.json is whole.
-    Every rank calls this; rank 0 writes."""
+    trained, mllm/ (transformers and vLLM load it unchanged) from the unsharded copy. Written beside
+    and moved in, lens.json last: what has a lens.json is whole. Every rank calls this."""
     context, sam = full_state(context_module(lens)), full_state(lens.sam)
     if dist.get_rank() == 0:
         folder = Path(folder)
@@ -427,11 +430,11 @@ def plan_steps(args, world, objects):
     """-> steps of the whole run. A batch must split evenly over processes and passes."""
     unit = world * args.micro_batch
     if args.batch % unit:
-        below = args.batch // unit * unit
-        fits = [b for b in (below, below + unit, below + 2 * unit) if b > 0]
+        above = args.batch // unit * unit + unit
+        fits = f"{above - unit}, {above}" if above > unit else above
         raise LensError(f"--batch {args.batch} does not split over {world} processes in passes of "
-                        f"--micro-batch {args.micro_batch}. With these, --batch can be "
-                        f"{', '.join(map(str, fits))} or another multiple of {unit}.")
+                        f"--micro-batch {args.micro_batch}: take {fits} or another multiple of "
+                        f"{unit}.")
     return args.steps or max(1, args.epochs * objects // args.batch)
 
 
@@ -554,18 +557,19 @@ def true_answers(batch, tokenizer, prompt):
 
 
 class OwnAnswers:
-    """The frozen MLLM's greedy answers by item key, all of them made before the first step. Every
-    process writes what it makes to OUTPUT/answers.RANK.jsonl, so that a run which was stopped goes
-    on from there."""
+    """The frozen MLLM's greedy answers by item key, all made before the first step. Every process
+    keeps what it makes in OUTPUT/answers.TAG.RANK.jsonl: a run that was stopped goes on from there;
+    TAG names the settings that decide an answer."""
 
-    def __init__(self, folder, rank, world):
-        self.path, self.rank, self.world = folder / f"answers.{rank}.jsonl", rank, world
+    def __init__(self, folder, shared, rank, world):
+        decides = repr([shared.mllm, shared.prompt, shared.max_completion, shared.max_pixels])
+        tag = hashlib.sha256(decides.encode()).hexdigest()[:8]
+        self.path, self.rank, self.world = folder / f"answers.{tag}.{rank}.jsonl", rank, world
         mine = {}
-        for path in sorted(folder.glob("answers.*.jsonl")):
+        for path in folder.glob(f"answers.{tag}.*.jsonl"):
             for line in path.read_text().splitlines():
                 try:
-                    key, ids = json.loads(line)
-                    mine[key] = ids
+                    key, mine[key] = json.loads(line)
                 except ValueError:
                     pass  # a line cut by a kill: made again
         self.known = self.gather(mine)
@@ -661,7 +665,7 @@ def main():
     loader = training_batches(stream, collate, start, total, args.batch, rank, world,
                               shared.workers, device)
     if args.context == "own":
-        own = OwnAnswers(folder, rank, world)
+        own = OwnAnswers(folder, shared, rank, world)
         own.make(lens, stream.rows(start * args.batch, total * args.batch), collate, shared, device)
     metrics = Metrics(folder, start, total, rank, args.log_to)
     received, began = watch_signals(), time.time()

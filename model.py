@@ -448,15 +448,14 @@ class GrowingCache:
 
 class FixedCache:
     """The same in tensors of fixed shapes and addresses, made once for at most N sequences, so that
-    one compiled step (on CUDA a captured graph) serves every token without a host sync.
-
-    Few shapes occur: n is N, N/2, N/4 or N/8, and the first completion token's slot is a multiple
-    of 512. Weights that change in place (train_rl.refresh) are seen by the next step."""
+    one compiled step (on CUDA a captured graph) serves every token without a host sync. Few shapes
+    occur: n is N, N/2, N/4 or N/8, and a completion's first slot a multiple of 512. Weights that
+    change in place (train_rl.refresh) are seen by the next step."""
 
     def __init__(self, mllm, N, longest_prompt, max_new, compiled=True):
         config, weight = mllm.config.text_config, mllm.lm_head.weight
         d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.room = -(-max_new // 8) * 8  # slots for a completion; fused kernels like eights
+        self.room = -(-max_new // 8) * 8  # slots of a completion: fused kernels like eights
         length = -(-longest_prompt // 512) * 512 + self.room
         shape = (config.num_hidden_layers, 2, N, config.num_key_value_heads, length, d)
         self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -481,8 +480,8 @@ class FixedCache:
         values.index_copy_(2, self.slot, value)
         return keys, values
 
-    def get_seq_length(self, *args):  # asked for, but positions and mask are given
-        return 0
+    def get_seq_length(self, *args):
+        return 0  # asked for, but positions and mask are given
 
     def begin(self, prompt_cache, attention, G):
         """Take over the cache of B prompts, each repeated G times; attention (B, P)."""
@@ -505,8 +504,7 @@ class FixedCache:
         return self.decode_step(self.lm, token, position, self.mask, self, one_token=True)
 
     def keep(self, running):
-        """Once half have ended, halve the batch: `running` (k,) and as many that have ended as fill
-        it up. -> those kept, or None"""
+        """Once half have ended, halve the batch: `running` (k,), filled up. -> those kept, or None"""
         n, half = len(self.mask), len(self.mask) // 2
         if len(running) > half or half < self.smallest:
             return None
@@ -696,7 +694,6 @@ def build_lens(args, folder="", dtype=torch.float32):
 
 
 def load_part(module, path, args):
-    """Fill the context module or SAM's head from a run's file, strictly."""
     try:
         module.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:

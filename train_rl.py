@@ -28,7 +28,7 @@ copy per process in the compute precision samples, refreshed after every update 
 reference model is frozen and sharded."""
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -307,13 +307,14 @@ def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
     for the reference. Recomputed layers, attention and pictures are not counted, as usual. ->
     {name: number}"""
     sampled = sum(len(ids) for group in samples.completions for ids in group)
-    trained = sum(groups.packed.ids.numel() for groups in passes)
+    trained = sum(groups.packed.ids.numel() for groups in passes) * args.updates_per_batch
     tokens = torch.tensor([sampled, trained], dtype=torch.float64)
     dist.all_reduce(tokens)
     sampled, trained = tokens.tolist()
     layers = sum(p.numel() for p in lens.mllm.model.language_model.layers.parameters())
-    weighted = layers * trained + lens.mllm.lm_head.weight.numel() * sampled
-    flops = (6 * args.updates_per_batch + 2 * (args.beta > 0)) * weighted
+    head = lens.mllm.lm_head.weight.numel()
+    weighted = layers * trained + head * sampled * args.updates_per_batch
+    flops = (6 + 2 * (args.beta > 0) / args.updates_per_batch) * weighted
     tflops = flops / world / max(seconds_update, 1e-9) / 1e12
     row = {"sampled_per_second": round(sampled / max(seconds_sampling, 1e-9)),
            "trained_per_second": round(trained / max(seconds_update, 1e-9)),
@@ -330,7 +331,8 @@ def validate(lens, sampler, fixed, rows, collate, decode, shared, args, rank, wo
     """The same rows of val each time, answered greedily. Every process runs as many passes as any
     other, since a pass is a collective; the rows that pad the last are not counted.
     -> {"val_giou", "val_box_iou", "val_acc50"}"""
-    share, sums = -(-len(rows) // world), torch.zeros(3, device=device)
+    args = replace(args, iou_power=1.0)
+    share, sums = -(-len(rows) // world), torch.zeros(2, 3, device=device)
     lens.eval()
     for i in range(0, share, args.micro_batch):
         places = [rank * share + j for j in range(i, min(i + args.micro_batch, share))]
@@ -345,12 +347,15 @@ def validate(lens, sampler, fixed, rows, collate, decode, shared, args, rank, wo
                    with_log_probs=False)
         found = torch.stack([mask_rewards(out["mask_logits"], batch, 1.0), groups.r_box,
                              (groups.r_box > 0.5).float()])  # (3, B, 1)
-        counted = torch.tensor([place < len(rows) for place in places], device=device)
-        sums += (found[:, :, 0] * counted).sum(1)
+        once = torch.tensor([place < len(rows) for place in places])
+        has_mask = torch.tensor([not ignore.all() for ignore in batch["ignores"]])
+        counted = torch.stack([once & has_mask, once, once]).to(device)  # (3, B)
+        sums += torch.stack([(found[:, :, 0] * counted).sum(1), counted.sum(1)])
     lens.train()
     lens.reshard()  # no backward follows that would do it
     dist.all_reduce(sums)
-    return dict(zip(("val_giou", "val_box_iou", "val_acc50"), (sums / len(rows)).tolist()))
+    means = (sums[0] / sums[1].clamp(min=1)).tolist()
+    return dict(zip(("val_giou", "val_box_iou", "val_acc50"), means))
 
 
 def load_models(shared, args, mesh, device):
@@ -393,6 +398,7 @@ def main():
     best = max((row.get("val_giou", -1) for row in metrics.rows), default=-1)
     received, began = watch_signals(), time.time()
     for step, batch in enumerate(loader, start):
+        arrived = time.time()
         batch = to_device(batch, device)
         positions = prompt_positions(lens.mllm, batch)
         places = range(rank * share, (rank + 1) * share)  # of this rank's prompts in the batch
@@ -409,8 +415,9 @@ def main():
         if device.type == "cuda":  # or the next step's time would hold what is still under way
             torch.cuda.synchronize()
         row = {"step": step + 1, **means, "grad_norm": norm, "lr": args.lr * factor,
-               **speed(lens, passes, samples, sampled - began, updated - sampled, args, world),
-               "seconds_sampling": round(sampled - began, 3),
+               **speed(lens, passes, samples, sampled - arrived, updated - sampled, args, world),
+               "seconds_loading": round(arrived - began, 3),
+               "seconds_sampling": round(sampled - arrived, 3),
                "seconds_refresh": round(time.time() - updated, 3)}
         if args.val_every and (step + 1) % args.val_every == 0:
             row |= validate(lens, sampler, fixed, val, collate, decode, shared, args, rank, world,
