@@ -15,7 +15,7 @@ response, and RefCOCO holds none, so there are two ways to get one (`--context`)
     true   an answer block with the true box, without reasoning, as the released code forces it.
 
 What any training run needs stands here too, and train_rl.py imports it: settings, processes, FSDP2,
-checkpoints, schedule, metrics, the segmentation loss.
+checkpoints, schedule, metrics.
 """
 import argparse
 import hashlib
@@ -363,9 +363,8 @@ def load_checkpoint(folder, lens, optimizer):
         dcp.load(saved, checkpoint_id=str(last))
     except (Exception, CheckpointException) as error:                # the latter is no Exception
         reason = str(error).strip().splitlines()[-1]
-        raise LensError(f"{last} does not fit this model: it was written with other settings, "
-                        "or is damaged. Use another --output, or the settings of that run "
-                        f"({reason})") from None
+        raise LensError(f"{last} does not fit this model: written with other settings, or "
+                        f"damaged. Use another --output, or that run's flags ({reason})") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=TRAINED)
     for group, settings in zip(optimizer.param_groups, asked):
@@ -375,11 +374,10 @@ def load_checkpoint(folder, lens, optimizer):
 
 def full_state(module):
     """A sharded module's state dict with whole tensors on the CPU. A collective."""
-    state = {}
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        state[name] = tensor.detach().cpu().contiguous()
+    state = module.state_dict()
+    for name, tensor in state.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = whole.detach().cpu().contiguous()
     return state
 
 
@@ -414,12 +412,12 @@ def open_output(args, settings, rank):
     folder = Path(args.output)
     found = list((folder / "checkpoints").glob("step_*"))
     if (folder / "metrics.jsonl").exists() and not args.resume:
-        raise LensError(f"{folder} holds a run already. Go on with it (--resume), name another "
-                        "--output, or remove it.")
+        raise LensError(f"{folder} holds a run already. Go on with it (--resume), or name another "
+                        f"--output, or remove it.")
     if args.resume and not found:
-        raise LensError(f"--resume: there is no checkpoint in {folder / 'checkpoints'}. Name the "
-                        f"--output of a run that saved one, or start anew in an empty folder.")
-    dist.barrier()                                   # nobody writes before all have looked
+        raise LensError(f"--resume: no checkpoint in {folder / 'checkpoints'}. Name the --output of "
+                        f"a run that saved one; before the first, start again without --resume.")
+    dist.barrier()  # nobody writes before all have looked
     if rank == 0 and not args.export:
         together = {name: value for part in settings for name, value in asdict(part).items()}
         write_whole(folder / "settings.json", json.dumps(together, indent=2))
@@ -488,8 +486,7 @@ def open_tracker(name, folder):
             return None
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise LensError(f"--log-to {name}: that package is not installed "
-                        f"(pip install {name})") from None
+        raise LensError(f"--log-to {name}: it is not installed (pip install {name})") from None
     writer = SummaryWriter(folder)
 
     def write(row):

@@ -504,7 +504,7 @@ class FixedCache:
         return self.decode_step(self.lm, token, position, self.mask, self, one_token=True)
 
     def keep(self, running):
-        """Once half have ended, halve the batch: `running` (k,), filled up. -> those kept, or None"""
+        """Once half have ended, halve the batch: `running` (k,), filled up. -> those kept"""
         n, half = len(self.mask), len(self.mask) // 2
         if len(running) > half or half < self.smallest:
             return None
@@ -520,7 +520,6 @@ class FixedCache:
 
 @dataclass
 class Samples:
-    """G completions of each of B prompts."""
     completions: list        # B x G x (T_i,) long on the CPU, the end token included
     finished: list           # B x G bool, False where the limit cut the completion
     log_probs: torch.Tensor  # (N, max_new) of the tokens under the sampler, 0 after the end token
