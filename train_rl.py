@@ -276,7 +276,7 @@ def vital_signs(out, groups, scores):
             "zero_variance": equal.float().mean(),
             "entropy": (out["entropy"].sum(1) / lengths).mean(),
             "completion_length": lengths.float().mean(), "cut": (~groups.finished).float().mean(),
-            "sampler_gap": gap.sum() / mask.sum()}
+            "sampler_gap": (gap.sum(1) / lengths).mean()}
 
 
 def train_on(lens, optimizer, passes, factor, args, world, step):
@@ -326,11 +326,11 @@ def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
     weighted = layers * trained + head * sampled * args.updates_per_batch
     flops = (6 + 2 * (args.beta > 0) / args.updates_per_batch) * weighted
     tflops = flops / world / max(seconds_update, 1e-9) / 1e12
-    row = {"sampled_per_second": round(sampled / max(seconds_sampling, 1e-9)),
-           "trained_per_second": round(trained / max(seconds_update, 1e-9)),
-           "tflops": round(tflops, 3)}
+    row = {"speed_sampled": round(sampled / max(seconds_sampling, 1e-9)),
+           "speed_trained": round(trained / max(seconds_update, 1e-9)),
+           "speed_tflops": round(tflops, 3)}
     if args.gpu_tflops:
-        row["mfu"] = round(tflops / args.gpu_tflops, 4)
+        row["speed_mfu"] = round(tflops / args.gpu_tflops, 4)
     if lens.queries.is_cuda:
         row["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return row

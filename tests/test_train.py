@@ -33,7 +33,8 @@ from align import SharedArgs, learning_rate, plan_steps, segmentation_loss
 
 
 def without_time(folder):
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(folder)]
+    times = ("seconds", "speed")
+    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows(folder)]
 
 
 def worker(what, processes, folder, *more):
