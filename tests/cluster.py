@@ -148,8 +148,13 @@ class Costs:
                    + self.counted[work.name]["SAM encoder"]
                    + self.counted[work.name]["SAM and connector"] / z.G)
         steps = args.epochs * OBJECTS // args.batch
-        training = [steps * rows * per_row / (mfu * cluster.tflops * 1e12) for mfu in MFU]
-        return {"batch": size, "answers": answers, "before": waiting, "training": training}
+        best, worst = (steps * rows * per_row / (mfu * cluster.tflops * 1e12) for mfu in MFU)
+        # the connector and the queries alone are sharded, in passes of one row
+        z = replace(z, t=z.connector + z.M * z.C, m=0, r=0, sam=0, n=rows)
+        received, _ = self.communication(cluster, z, RLArgs(beta=0))
+        received *= steps
+        return {"batch": size, "answers": answers, "before": waiting, "received": received,
+                "training": (max(best, received), worst + received)}
 
 
 def waited(args):
@@ -218,9 +223,10 @@ def settings(costs):
             peak = max(sum(parts.values()) for parts in plan.memory(z, args).values()) + plan.CUDA
             scores = 12 * z.N * z.heads * z.S * (z.P + z.S)
             received = sum(plan.communication(z, args).values())
+            takes = sum(costs.communication(cluster, z, args))
             whole = costs.whole(cluster, COCO, args)
             rows.append([cluster.name, flags, f"{peak / 1e9:.1f}", f"{(peak + scores) / 1e9:.1f}",
-                         f"{received / 1e9:.1f}", f"{sum(costs.communication(cluster, z, args)):.1f}",
+                         f"{received / 1e9:.1f}", f"{takes:.1f}",
                          between(whole), between(whole, 86400 / 31_727)])
     return table(["", "flags", "GB, the plan", "unfused", "GB received", "its seconds",
                   "a step, COCO", "days"], rows)
@@ -248,7 +254,8 @@ def host(costs):
     files, own = plan.host(z)
     whole = plan.host_before(z, costs.paper)
     rows = [["mapped files, once per machine", "2 m", "none", f"{files / 1e9:.1f} GB"],
-            ["of its own, per process", "now the larger of 4 (f + t - m + u) and 4 r; before 4 (t + f) + b m",
+            ["of its own, per process",
+             "now the larger of 4 (f + t - m + u) and 4 r; before 4 (t + f) + b m",
              f"{whole / 1e9:.1f} GB", f"{own / 1e9:.1f} GB"],
             ["a machine of 8", "files + 8 of its own", f"{8 * whole / 1e9:.0f} GB",
              f"{(files + 8 * own) / 1e9:.0f} GB"]]
@@ -257,14 +264,18 @@ def host(costs):
 
 def first_stage(costs):
     rows = []
-    for cluster in (ETHERNET, NVLINK):
-        for work in WORKS:
+    for cluster in CLUSTERS:
+        for work in (COCO, LIMIT):
             found = costs.stage_1(cluster, work)
-            rows.append([f"{cluster.gpus} {cluster.name.split()[1].strip(',')}", work.name,
-                         found["batch"], between(found["answers"], 3600),
-                         f"{found['before'] / 3600:.1f}", between(found["training"], 3600)])
+            of_stage_2 = costs.whole(cluster, work, costs.paper)
+            days = [(answers + steps + 31_727 * step) / 86400 for answers, steps, step
+                    in zip(found["answers"], found["training"], of_stage_2)]
+            rows.append([cluster.name, work.name, found["batch"], between(found["answers"], 3600),
+                         f"{found['before'] / 3600:.1f}", between(found["training"], 3600),
+                         f"{found['received'] / 3600:.1f}", between(days)])
     return table(["", "prompt and answer", "answers at once", "hours of the pass",
-                  "hours waited before", "hours of its steps"], rows)
+                  "hours waited before", "hours of its steps", "communication in them",
+                  "days, both stages"], rows)
 
 
 def page():
@@ -275,8 +286,9 @@ def page():
     likely = EXPRESSIONS * (1 - (1 - 1 / k) ** args.epochs)
     return f"""# What LENS-3B costs on 16 GPUs of 48 GB and on 8 of 80 GB
 
-Written by `python tests/cluster.py`. **Nothing on this page is measured.** It is arithmetic: the
-formulas and letters of [tests/plan.py](../tests/plan.py), and these assumptions:
+Written by `python tests/cluster.py`. **Nothing on this page is measured** but one line on memory
+of the host. It is arithmetic: formulas and letters of [tests/plan.py](../tests/plan.py), and these
+assumptions:
 
 | assumed | L40S, two nodes of 8 | H100, one node of 8 |
 | --- | --- | --- |
@@ -287,18 +299,18 @@ formulas and letters of [tests/plan.py](../tests/plan.py), and these assumptions
 | arithmetic achieves, of the peak (MFU; what is computed again counts) | 40 to 30 % | 40 to 30 % |
 | decoding achieves, of the bandwidth | 70 % | 70 % |
 
-Also assumed: decoding compiled, every answer T tokens long, 200 tokens of text in a prompt; loading,
-rewards and checkpoints cost no time. The lower figure hides communication (not refresh's) behind the
-update and takes MFU 40 %, the higher adds it and takes 30 %. How much is hidden is not known.
+Also assumed: decoding compiled, every answer T tokens long, 200 tokens of text in a prompt;
+loading, rewards and checkpoints cost no time. The lower figure hides communication (not refresh's)
+behind the update and takes MFU 40 %, the higher adds it and takes 30 %. How much is hidden is not
+known.
 
 The model: t = {z.t / 1e9:.2f} G trained, f = {z.f / 1e9:.2f} G frozen, m = {z.m / 1e9:.2f} G of \
-the MLLM, r = {z.r / 1e9:.2f} G in FSDP's root, \
-u = {z.u / 1e9:.2f} G in its
-largest block, W = {plan.weights(z) / 1e9:.2f} G that a decoded token passes through; b = 2 bytes. 64 prompts \
-a step, G = 8,
-so n = 4 prompts a GPU on 16 and 8 on 8. A COCO picture of 640 x 480 has 23 * 17 = 391 tokens; at
-1,000,000 pixels, the default cap, it is 1,000,000 / 28^2 = 1,275. T = 200 is a guess; 768 is the
-limit.
+the MLLM, r = {z.r / 1e9:.2f} G in FSDP's root,
+u = {z.u / 1e9:.2f} G in its largest block, W = {plan.weights(z) / 1e9:.2f} G that a decoded token \
+passes through; b = 2 bytes.
+64 prompts a step, G = 8, so n = 4 prompts a GPU on 16 and 8 on 8. A COCO picture has 23 * 17 =
+391 tokens; at 1,000,000 pixels, the default cap, it is 1,000,000 / 28^2 = 1,275. T = 200 is a
+guess, 768 the limit.
 
 ## What a step of stage 2 does
 
@@ -309,11 +321,11 @@ limit.
 {seconds(costs)}
 
 AdamW's: 28 t / s bytes through the GPU's memory. Decoding is T times the larger of its bytes and
-its arithmetic 2 W n G. The slowest link of a ring over two nodes is the smaller of PCIe and network.
-The paper's 31,727 steps are 126,908 objects * 16 epochs / 64. With `--compile off` a token may take
-{EAGER * 1000:.0f} ms (assumed): 200 tokens {200 * EAGER:.0f} s. Decoding lasts as long as the longest
-answer of a GPU's n G: where a few answers reach the limit, the decoding of the third row of each
-cluster is nearer than that of the first.
+its arithmetic 2 W n G. The slowest link of a ring over two nodes is the smaller of PCIe and
+network. The paper's 31,727 steps are 126,908 objects * 16 epochs / 64. With `--compile off` a token
+may take {EAGER * 1000:.0f} ms (assumed), 200 tokens {200 * EAGER:.0f} s. Decoding lasts as long as \
+the longest answer of all
+GPUs, for the update waits: where few answers reach the limit it is still that of "the limits".
 
 ## What flags change
 
@@ -323,7 +335,8 @@ if no fused kernel takes a mask on that GPU (tests/gpu.py measures it).
 {settings(costs)}
 
 `--micro-batch 4` gathers the weights once for four prompts. Hybrid receives within the node
-alone, and sums 4 t / s bytes of gradients between nodes (8 GPUs share the network).
+alone, and sums 4 t / s bytes of gradients between nodes (8 GPUs share the network). What is above
+48 GB does not fit an L40S.
 
 ## Bytes that a GPU receives in a step, before and now, in GB
 
@@ -336,28 +349,28 @@ once, refresh b m. Before: policy 2 b t a pass, refresh b t.
 
 {host(costs)}
 
-Not in it: Python, CUDA and the loaders' processes. Measured with 4 processes on a CPU and a model of
-0.28 G parameters (docs/host_memory.json): 2.93 GB each and 11.43 together before, 1.82 and 7.40 now;
-there the shards and the sampling copy lie in CPU memory too.
+Not in it: Python, CUDA and the loaders' processes. tests/host_memory.py measured it with 4
+processes on a CPU and a model of 0.28 G parameters (docs/host_memory.json): 2.93 GB each and 11.43
+together before, 1.82 and 7.40 now; there the shards and the sampling copy lie in CPU memory too.
 
 ## Stage 1
 
 {args.epochs} epochs * {OBJECTS:,} objects draw {drawn:,} answers, of at most {EXPRESSIONS:,} \
 expressions (RefCOCO 120,624,
-RefCOCO+ 120,191, RefCOCOg 80,512). If each object had k = {k:.2f} of them, {likely:,.0f} would be \
-drawn at least once,
-objects * k (1 - (1 - 1/k)^{args.epochs}). All are counted here.
+RefCOCO+ 120,191, RefCOCOg 80,512). If each object has k = {k:.2f} of them, all but \
+{EXPRESSIONS - likely:.0f} are drawn,
+objects * k (1 - 1/k)^{args.epochs}. All are counted here.
 
 {first_stage(costs)}
 
-The pass: expressions / GPUs * (prompt's TFLOP / (MFU peak) + T / batch * seconds of a decoding \
-step).
-The batch is align.answer_batch's, half of the free memory. Before, a step waited for its slowest
-new answer: {waited(args):,.0f} of {steps:,} steps had one, sum over epochs e of 991 (1 - (1 - \
-(1 - 1/k)^(e-1))^128), times T times
-a decoding step of {EAGER * 1000:.0f} ms (eager, assumed; more where memory takes longer). Its own \
-steps: forward of
-prompt and answer, 3 times the queries' pass, SAM.
+The pass: expressions / GPUs * (TFLOP of a prompt / (MFU peak) + T / batch * seconds of a decoding
+step); the batch is align.answer_batch's, half of the free memory. Before, a step waited for its
+slowest new answer: {waited(args):,.0f} of {steps:,} steps had one, the sum over epochs e of
+991 (1 - (1 - (1 - 1/k)^(e-1))^128), times T times a decoding step of {EAGER * 1000:.0f} ms \
+(eager, assumed).
+Its own steps: forward of prompt and answer, 3 times the queries' pass, SAM; the connector and the
+queries gathered and reduced every pass of one row (`--micro-batch 8` or `--reduce-once` spare it).
+Both stages: the pass, these steps, and 31,727 of stage 2.
 """
 
 

@@ -102,6 +102,7 @@ class Letters:
     m: int                  # of the MLLM
     u: int                  # of FSDP's largest block
     r: int                  # trained ones of FSDP's root
+    sam: int                # trained ones of SAM's head, a unit in fp32
     connector: int
 
     @property
@@ -185,7 +186,7 @@ def letters(lens, shared, args, gpus, P=0, p=0):
         A=D * (side // 16) ** 2, side=side,
         t=trained, f=count(lens.parameters()) - trained, m=count(lens.mllm.parameters()),
         u=max(blocks), r=trained - sum(blocks) - count_trained(lens.sam),
-        connector=count(lens.connector.parameters()))
+        sam=count_trained(lens.sam), connector=count(lens.connector.parameters()))
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -284,20 +285,21 @@ def host_before(z, args):
 # --- Communication --------------------------------------------------------------------------------
 
 def communication(z, args, before=False):
-    """-> {part: bytes that a GPU receives in a step}. A ring's share (s - 1) / s of what is gathered
-    or reduced; no framing, no padding, no scalars. SAM's head is counted in b like the rest, though
-    it is gathered in fp32. before: the root gathered twice, every pass reduced, and a refresh that
-    gathered the connector and SAM's decoder as well."""
+    """-> {part: bytes that a GPU receives in a step}. A ring's share (s - 1) / s of what is
+    gathered (in b, SAM's head in fp32) or reduced; no padding, no scalars. before: the root
+    gathered twice, every pass reduced, and a refresh that gathered the connector and SAM's decoder
+    as well."""
     b, share = z.b, (z.s - 1) / z.s
     of_reference = z.n // z.B                           # passes
     of_policy = of_reference * args.updates_per_batch
-    again = (z.t if before else z.t - z.r) * args.reshard
+    whole = b * z.t + (4 - b) * z.sam
+    again = (whole if before else whole - b * z.r) * args.reshard
     once = args.reduce_once and not before
     reductions = args.updates_per_batch if once else of_policy
-    received = {"policy gathered": of_policy * b * (z.t + again) * share,
+    received = {"policy gathered": of_policy * (whole + again) * share,
                 "reference gathered": of_reference * b * z.m * share * (args.beta > 0),
                 "gradients reduced": reductions * 4 * z.t * share,
-                "refresh": b * (z.t if before else z.m) * share}
+                "refresh": (whole if before else b * z.m) * share}
     if z.nodes > 1:
         around = 2 * (z.nodes - 1) / z.nodes            # an all-reduce's two rounds
         received["between nodes"] = reductions * around * 4 * z.t / z.s
@@ -387,8 +389,8 @@ def print_plan(shared, args, plan_args):
           f"training: {verdict(unfused + CUDA, limit)}")
     offloaded = (16 * z.t + z.b * z.m * (args.beta > 0)) / z.s if args.offload else 0
     shared_pages, own = host(z)
-    print(f"CPU memory while it starts: {shared_pages / 1e9:.1f} GB of mapped files per machine and "
-          f"{own / 1e9:.1f} GB per process; {offloaded / 1e9:.1f} GB of shards per process "
+    print(f"CPU memory while it starts: {shared_pages / 1e9:.1f} GB of mapped files per machine "
+          f"and {own / 1e9:.1f} GB per process; {offloaded / 1e9:.1f} GB of shards per process "
           f"afterwards")
     print_communication(z, args)
     flops = arithmetic(lens, z, args)

@@ -94,7 +94,8 @@ class Peak(TorchDispatchMode):
 
 
 class Received(TorchDispatchMode):
-    """Bytes that collectives on tensors give this process, of itself too: {"gathered", "reduced"}"""
+    """Bytes of all-gathers (what comes out) and reduce-scatters (what goes in), a process's own
+    part included: {"gathered", "reduced"}"""
 
     def __init__(self):
         super().__init__()
@@ -102,9 +103,9 @@ class Received(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "allgather" in func.name():
-            self.bytes["gathered"] += args[0].nbytes                         # the output
+            self.bytes["gathered"] += args[0].nbytes
         elif "reduce_scatter" in func.name():
-            self.bytes["reduced"] += args[1].nbytes                          # the input
+            self.bytes["reduced"] += args[1].nbytes
         return func(*args, **(kwargs or {}))
 
 
