@@ -216,8 +216,8 @@ def settings(costs):
     rows = []
     for cluster in CLUSTERS:
         for flags, changed in SETTINGS.items():
-            if not cluster.network and "hybrid" in flags:
-                continue                               # one node: no difference
+            if "hybrid" in flags and cluster is not ETHERNET:
+                continue         # one node: no difference; a fast network: no gain
             args = RLArgs(**changed)
             z = costs.letters(cluster, LIMIT, args)
             peak = max(sum(parts.values()) for parts in plan.memory(z, args).values()) + plan.CUDA
@@ -323,8 +323,8 @@ guess, 768 the limit.
 AdamW's: 28 t / s bytes through the GPU's memory. Decoding is T times the larger of its bytes and
 its arithmetic 2 W n G. The slowest link of a ring over two nodes is the smaller of PCIe and
 network. The paper's 31,727 steps are 126,908 objects * 16 epochs / 64. With `--compile off` a token
-may take {EAGER * 1000:.0f} ms (assumed), 200 tokens {200 * EAGER:.0f} s. Decoding lasts as long as \
-the longest answer of all
+may take {EAGER * 1000:.0f} ms (assumed), 200 tokens {200 * EAGER:.0f} s. Decoding lasts as long \
+as the longest answer of all
 GPUs, for the update waits: where few answers reach the limit it is still that of "the limits".
 
 ## What flags change
@@ -335,8 +335,8 @@ if no fused kernel takes a mask on that GPU (tests/gpu.py measures it).
 {settings(costs)}
 
 `--micro-batch 4` gathers the weights once for four prompts. Hybrid receives within the node
-alone, and sums 4 t / s bytes of gradients between nodes (8 GPUs share the network). What is above
-48 GB does not fit an L40S.
+alone, and sums 4 t / s bytes of gradients between nodes (8 GPUs share the network);
+with 400 Gb/s it gains nothing. What is above 48 GB does not fit an L40S.
 
 ## Bytes that a GPU receives in a step, before and now, in GB
 

@@ -23,7 +23,7 @@ by s is in CPU memory with --offload):
                  layer    made again, gradients 2 b B L I, FSDP's block (3b + 4)u: gathered, the
                           next, gradients, fp32 ones; the head's gradient bVC
                  root     its gradient leaves: (b + 4)r and, of several processes, 4r/s
-    update     4t/s gradients, 4m/s AdamW's temporary
+    update     4t/s gradients, 4m/s AdamW's temporary (a fused one, as on GPUs, has none)
 
 The model's files are mapped in CPU memory and it is moved part by part, which takes less than
 training does: `host`. What a GPU receives in a step: `communication`. tests/test_plan.py compares

@@ -237,7 +237,7 @@ def step(lens, batch, completions, args, precision, world, mesh):
     peaks["start"] = seen.peak
     shard(reference, mesh, precision, (), args.reshard)
     groups = train_rl.parameter_groups(lens, args)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=True)                 # as on CUDA
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=True)      # with its temporary
     positions = model.prompt_positions(lens.mllm, batch)
     uniforms = model.draw_uniforms(0, 0, range(n), G, len(completions[0][0]))
     texts, finished, no_token = [["no"] * G] * n, [[True] * G] * n, -5
