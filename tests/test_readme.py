@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, run
 
 import ablate
 import align
@@ -160,6 +160,25 @@ def test_every_equation_of_the_paper_has_a_function():
         named = rf"Eqs?\. (\d+(,| and|-) )*{number}\b"
         assert re.search(named, function.__doc__), (number, function)
         assert f"[`{function.__name__}`](" in README
+
+
+def test_the_walk(aligned, tmp_path):
+    """On another run: every step is there, the tables agree with each other, links hold."""
+    run(sys.executable, "tests/walk.py", aligned, "--row", 3, "--group-size", 3, "--output",
+        tmp_path)
+    text = (tmp_path / "walk.md").read_text()
+    assert re.findall(r"^## (\d+)\.", text, re.M) == [str(n) for n in range(1, 11)]
+    assert anchored(text) == text and (tmp_path / "walk.png").exists()
+    rewards = [row.split(" | ") for row in re.findall(r"^\| (\d \| (?:none|\(.*\)) .*) \|$", text,
+                                                      re.M) if row.count("|") == 5]
+    assert len(rewards) == 3
+    for *_, r_format, r_box, r_mask, reward in rewards:
+        assert float(r_format) + float(r_box) + float(r_mask) == pytest.approx(float(reward),
+                                                                               abs=2e-3)
+    by_hand = re.findall(r"\| (\(\d.*\) / \(\d.*\)) \| (\S+) \|", text)
+    assert len(by_hand) == 3
+    for written, advantage in by_hand:
+        assert eval(written) == pytest.approx(float(advantage), abs=0.02)
 
 
 # Tables: each stands in a file that a script wrote, between <!-- docs/NAME.md --> and <!-- end -->

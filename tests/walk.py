@@ -179,8 +179,8 @@ def about_the_queries(out, prompts, best):
 
 One forward pass over the row gives the states of the queries, (N, M, C) =
 {(N, M, C)}. The connector turns them into prompt embeddings for SAM, (N, K, D) =
-{tuple(prompts.shape)}. The {N} rows differ only because the queries have read different answers. The table compares them with those of
-answer {best + 1}:
+{tuple(prompts.shape)}. The {N} rows differ only because the queries have read different answers.
+The table compares them with those of answer {best + 1}:
 
 {table(["answer", "norm of its prompt embeddings", f"cosine to answer {best + 1}"], rows)}
 
@@ -254,8 +254,8 @@ def about_the_loss(terms, log_probs, per_answer, lengths, advantages, args):
      f"alpha = {args.alpha:g}; backward_pass gives {terms['reported']:.6f}"]])}
 
 The value of -J says nothing here, but its gradient is not 0: each token's log-probability is pushed
-by the advantage of its answer. The norm of the whole gradient is {terms["norm"]:.3f}; it is clipped to
-{args.max_grad_norm:g}.
+by the advantage of its answer. The norm of the whole gradient is {terms["norm"]:.3f}; it is clipped
+to {args.max_grad_norm:g}.
 
 Code: {code("train_rl.py", "policy_loss, stats = grpo_loss(",
             "train_rl.py", "loss = policy_loss + args.alpha * loss_seg")}"""
@@ -292,7 +292,8 @@ by that before:
         "mask IoU before", "after"], rows)}
 
 {notes}In a real run a step has {PRESETS["tiny"]["batch"]} such groups (tiny preset) or
-{RLArgs.batch} (paper), and the update follows their mean. After the update, the copy that samples gets the new weights.
+{RLArgs.batch} (paper), and the update follows their mean. After the update, the copy that samples
+gets the new weights.
 
 Code: {code("train_rl.py", "norm = apply_update(lens,",
             "align.py", "optimizer.step()",
@@ -421,10 +422,11 @@ def main():
     parser.add_argument("run", help="a finished run's folder, of stage 1 or stage 2")
     parser.add_argument("--row", type=int, default=42, help="row of val")
     parser.add_argument("--group-size", type=int, default=4, help="G, answers to show")
+    parser.add_argument("--output", default=str(ROOT / "docs"), help="folder of walk.md, walk.png")
     args = parser.parse_args()
     sections, drawn = walk(args.run.rstrip("/"), args.row, args.group_size)
-    draw(*drawn, ROOT / "docs/walk.png")
-    (ROOT / "docs/walk.md").write_text(wrapped("\n\n".join(sections)) + "\n")
+    draw(*drawn, Path(args.output) / "walk.png")
+    (Path(args.output) / "walk.md").write_text(wrapped("\n\n".join(sections)) + "\n")
 
 
 if __name__ == "__main__":
