@@ -5,7 +5,7 @@
     python tests/ablate.py table5                 # components: both stages (two and a half hours)
     python tests/ablate.py rewards group method   # one seed, half of stage 2's steps (two hours)
     python tests/ablate.py table5 --processes 2   # each training on two processes
-    python tests/ablate.py markdown               # docs/ablations.md and README; trains nothing
+    python tests/ablate.py markdown               # docs/ablations.md, docs/results.md; trains nothing
 
 Every row is the tiny preset and the flags that stand beside it below; its stage 2 starts from the
 stage 1 of its own seed, which rows share. A run is a folder under runs/ablate, named after its
@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 from proof import ENVIRONMENT, ROOT, going_on, write_world
 
-RUNS, LINES, README = ROOT / "runs/ablate", ROOT / "docs/ablations.jsonl", ROOT / "README.md"
+RUNS, LINES, PAGE = ROOT / "runs/ablate", ROOT / "docs/ablations.jsonl", ROOT / "docs/results.md"
 SEEDS, HALF = (1, 2, 3), "--steps 125"
 NO_REWARD = "--lambda-format 0 --lambda-box 0 --lambda-mask 0"
 LISA = f"--num-queries 1 --connector mlp {NO_REWARD} --beta 0 --group-size 2"
@@ -264,9 +264,9 @@ def main():
     if "markdown" in args.what:
         made = markdown(finished())
         (ROOT / "docs/ablations.md").write_text(made)
-        before, mark, rest = README.read_text().partition("<!-- docs/ablations.md -->\n")
+        before, mark, rest = PAGE.read_text().partition("<!-- docs/ablations.md -->\n")
         if mark:
-            README.write_text(before + mark + made + rest[rest.index("<!-- end -->"):])
+            PAGE.write_text(before + mark + made + rest[rest.index("<!-- end -->"):])
     sys.exit(0 if all(whole) else 1)
 
 

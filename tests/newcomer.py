@@ -42,8 +42,8 @@ def bash_block(readme, start):
 
 def main():
     readme = (ROOT / "README.md").read_text()
-    setup = bash_block(readme, "python3 -m venv")
-    job = bash_block(readme, "python tests/tiny/world.py")
+    setup, begin, job = bash_block(readme, "python3 -m venv").partition("python tests/tiny/")
+    setup, job = setup.rstrip(" &"), begin + job
     own = (f"python evaluate.py --checkpoint runs/tiny/rl --image mine.png --text '{TEXT}' "
            f"--output overlay.png")
     commands = {"clone": f"git clone -q {ROOT} .",

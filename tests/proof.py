@@ -157,11 +157,12 @@ def summary(result):
              "|---|---|---|---|---|"]
     columns = [("sampled", "reward"), ("sampled", "format"), ("greedy", "box_iou"),
                ("greedy", "giou")]
-    for name in ("align", "longer", "no_reward", "rl"):
+    for name in ("base", "align", "longer", "no_reward", "rl"):
         cells = []
         for mode, key in columns:
             values = [means[key] for means in means_of(result, name, mode)]
-            cells.append(f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
+            spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
         lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,5 @@
-"""The README's own commands and code, run as a reader would; its links and tables.
+"""The README's own commands and code, run as a reader would; links and tables of the README and of
+the pages in docs/.
 
     python tests/test_readme.py          # mends line numbers of links, fills tables from docs/
 """
@@ -11,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, run
 
 import ablate
 import align
@@ -26,6 +27,17 @@ import rewards
 import train_rl
 
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "docs/results.md", "docs/speed.md", "docs/data.md", "docs/checked.md",
+         "docs/walk.md"]
+SEVEN = ["data.py", "model.py", "rewards.py", "grpo.py", "align.py", "train_rl.py", "evaluate.py"]
+
+
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 300
 
 
 # Commands and code
@@ -39,7 +51,7 @@ def commands():
     """The tiny preset's commands, each once, in order: all but set-up and pytest."""
     found = []
     for line in "\n".join(blocks("bash")).splitlines():
-        for part in line.split("&&"):
+        for part in line.rstrip("\\").split("&&"):
             command = part.split("#")[0].strip()
             if "tiny" in command and command not in found:
                 found.append(command)
@@ -75,35 +87,62 @@ def test_example_of_copying():
     assert space["log_probs"].grad.abs().sum() > 0
 
 
-def test_scripts_that_are_named_exist():
-    for name in re.findall(r"\b((?:tests/)?(?:tiny/)?\w+\.py)\b", README):
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+@pytest.mark.parametrize("name", PAGES)
+def test_scripts_that_are_named_exist(name):
+    for script in re.findall(r"\b((?:tests/)?(?:tiny/)?\w+\.py)\b", page(name)):
+        assert (ROOT / script).exists() or (ROOT / "tests" / script).exists(), script
 
 
 # Links
 
 
+def place(code, file):
+    """-> file and line of a piece of code: where a name is defined, or the one line that holds the
+    rest; in `file`, or in another of the seven if it has moved."""
+    wanted = rf"(def|class) {code}\b" if re.fullmatch(r"\w+", code) else rf".*{re.escape(code)}"
+    for source in [file, *SEVEN]:
+        found = [number for number, line in enumerate(page(source).splitlines(), 1)
+                 if re.match(wanted, line)]
+        if found:
+            assert len(found) == 1, (code, source, found)
+            return f"{source}#L{found[0]}"
+    raise AssertionError(f"{code} is in none of the seven files")
+
+
 def anchored(text):
-    """The text with every [`name`](file.py#L...) pointing at the line where that name is
-    defined."""
-    def line(match):
-        source = (ROOT / match[2]).read_text().splitlines()
-        found = [n for n, code in enumerate(source, 1)
-                 if re.match(rf"(def|class) {match[1]}\b", code)]
-        return f"[`{match[1]}`]({match[2]}#L{found[0]})"
-    return re.sub(r"\[`(\w+)`\]\((\w+\.py)#L\d+\)", line, text)
+    """The text with every [`code`](file.py#L...) pointing at the line of that code."""
+    def link(match):
+        return f"[`{match[1]}`]({match[2]}{place(match[1], match[3])})"
+    return re.sub(r"\[`([^`\n]+)`\]\(((?:\.\./)?)(\w+\.py)#L\d+\)", link, text)
 
 
-def test_links_lead_to_their_functions():
-    assert "(grpo.py#L" in README
-    assert anchored(README) == README, "python tests/test_readme.py mends the line numbers"
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_their_functions(name):
+    assert anchored(page(name)) == page(name), "python tests/test_readme.py mends the line numbers"
 
 
-def test_links_and_names():
-    """Every file that is linked exists, and every function named beside a file is in it."""
-    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / name).exists(), name
-    for file, described in re.findall(r"^\| \[(\w+\.py)\]\S+ \| (.*?) \|", README, re.M):
+def anchors(path):
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_linked_files_and_headings_exist(name):
+    folder = (ROOT / name).parent
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page(name)):
+        file, _, anchor = link.partition("#")
+        target = folder / file if file else ROOT / name
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+
+
+def test_names_beside_files():
+    """Every function named beside a file of the table is in it."""
+    described = re.findall(r"^\| \[(\w+\.py)\]\S+ \| (.*?) \|", README, re.M)
+    assert [file for file, _ in described] == SEVEN
+    for file, described in described:
         source = (ROOT / file).read_text()
         for name in re.findall(r"`(\w+)`", described):
             assert re.search(rf"^ *(def|class) {name}\b|^{name} =", source, re.M), (file, name)
@@ -123,6 +162,25 @@ def test_every_equation_of_the_paper_has_a_function():
         assert f"[`{function.__name__}`](" in README
 
 
+def test_the_walk(aligned, tmp_path):
+    """On another run: every step is there, the tables agree with each other, links hold."""
+    run(sys.executable, "tests/walk.py", aligned, "--row", 3, "--group-size", 3, "--output",
+        tmp_path)
+    text = (tmp_path / "walk.md").read_text()
+    assert re.findall(r"^## (\d+)\.", text, re.M) == [str(n) for n in range(1, 11)]
+    assert anchored(text) == text and (tmp_path / "walk.png").exists()
+    rewards = [row.split(" | ") for row in re.findall(r"^\| (\d \| (?:none|\(.*\)) .*) \|$", text,
+                                                      re.M) if row.count("|") == 5]
+    assert len(rewards) == 3
+    for *_, r_format, r_box, r_mask, reward in rewards:
+        assert float(r_format) + float(r_box) + float(r_mask) == pytest.approx(float(reward),
+                                                                               abs=2e-3)
+    by_hand = re.findall(r"\| (\(\d.*\) / \(\d.*\)) \| (\S+) \|", text)
+    assert len(by_hand) == 3
+    for written, advantage in by_hand:
+        assert eval(written) == pytest.approx(float(advantage), abs=0.02)
+
+
 # Tables: each stands in a file that a script wrote, between <!-- docs/NAME.md --> and <!-- end -->
 
 
@@ -133,12 +191,24 @@ def filled(text):
     return re.sub(r"<!-- (docs/\w+\.md) -->\n.*?<!-- end -->", content, text, flags=re.S)
 
 
-def test_tables_are_those_of_their_files():
-    marks = re.findall(r"<!-- (docs/\w+\.md) -->", README)
-    assert {"docs/ablations.md", "docs/proof.md", "docs/tiny.md", "docs/misguided.md",
-            "docs/failures.md"} <= set(marks)
-    assert len(marks) == README.count("<!-- end -->")
-    assert filled(README) == README, "python tests/test_readme.py fills them"
+SHOWN = {"README.md": ["proof_summary"], "docs/speed.md": ["benchmark_summary"],
+         "docs/results.md": ["proof_summary", "proof", "tiny", "misguided", "failures",
+                             "ablations"]}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_are_those_of_their_files(name):
+    marks = re.findall(r"<!-- docs/(\w+)\.md -->", page(name))
+    assert marks == SHOWN.get(name, [])
+    assert len(marks) == page(name).count("<!-- end -->")
+    assert filled(page(name)) == page(name), "python tests/test_readme.py fills them"
+
+
+def test_every_file_in_docs_has_its_command():
+    table = page("docs/checked.md").partition("## Every file in docs/")[2]
+    named = [file for row in re.findall(r"^\| (.*?) \|", table, re.M)
+             for file in re.findall(r"\w+\.\w+", row)]
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").iterdir())
 
 
 def read(name):
@@ -160,7 +230,8 @@ def test_files_are_made_from_their_numbers():
 def test_plan_numbers(monkeypatch, capsys):
     """The table's last column is what tests/plan.py computes where attention is not fused, the
     larger of its two sums."""
-    table = re.findall(r"^\| .* \| `(--gpus .*)` \| ([\d.]+) \|$", README, re.M)
+    table = re.findall(r"^\| .* \| `(--gpus .*)` \| ([\d.]+) \|$", page("docs/speed.md"),
+                       re.M)
     assert len(table) == 3
     for flags, gigabytes in table:
         monkeypatch.setattr(sys, "argv", ["plan.py", *flags.split()])
@@ -171,16 +242,23 @@ def test_plan_numbers(monkeypatch, capsys):
 
 def test_published_numbers():
     for name, values in evaluate.TABLE_1.items():
-        row = re.search(rf"^\| {re.escape(name)} +\|(.*)\|$", README, re.M)[1]
+        row = re.search(rf"^\| {re.escape(name)} +\|(.*)\|$", page("docs/results.md"), re.M)[1]
         expected = ["-" if value is None else f"{value:.1f}" for value in values]
         assert [cell.strip() for cell in row.split("|")] == expected
     for giou, ciou in evaluate.TABLE_2.values():
-        assert f"{giou} / {ciou}" in README
+        assert f"{giou} / {ciou}" in page("docs/results.md")
+
+
+def test_parameters_are_those_of_their_file():
+    speed = page("docs/speed.md").partition("trained in stage 2 |\n|---|---:|---:|---:|\n")[2]
+    rows = speed.partition("\n\n")[0].splitlines()
+    assert len(rows) == 7
+    assert all(row in page("docs/parameters.md") for row in rows)
 
 
 def test_what_each_file_imports():
     """What it needs in any case; matplotlib and wandb are asked for by a flag."""
-    listed = re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", README, re.M)
+    listed = re.findall(r"^\| \[(\w+)\.py\]\S+ \| .* \| (.*) \|$", README, re.M)
     assert len(listed) == 7
     for name, modules in listed:
         imported = set()
@@ -194,4 +272,5 @@ def test_what_each_file_imports():
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(filled(anchored(README)))
+    for name in PAGES:
+        (ROOT / name).write_text(filled(anchored(page(name))))
