@@ -193,7 +193,7 @@ def test_devices(device, preset, gpus, local, expected, monkeypatch, capsys):
                                                                                   expected)
     said = capsys.readouterr().out.splitlines()
     if expected == "fallback":
-        assert len(said) == 1 and "2 processes and 1 GPU" in said[0] and "CPU" in said[0]
+        assert len(said) == 1 and "2 processes, 1 GPU" in said[0] and "CPU" in said[0]
     else:
         assert not said
 
