@@ -44,7 +44,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, Offl
                                     fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from data import (Collator, LensError, TrainingStream, load_batches, read_records,
                   rescale_box, select, to_device, training_batches, write_whole)
@@ -115,8 +115,7 @@ class SharedArgs:
 class TrainArgs:
     """What both stages ask."""
     output: str = flag("runs/out", "folder for metrics.jsonl, checkpoints and the finished model")
-    resume: bool = flag(False, "go on from OUTPUT's last checkpoint, with the settings of "
-                        "that run; flags override them")
+    resume: bool = flag(False, "go on from OUTPUT's last checkpoint as that run did; flags win")
     export: bool = flag(False, "with --resume: write the last checkpoint as a finished model")
     init: str = flag("", "a finished run to start from")
     batch: int = flag(128, "prompts per step, over all processes")
@@ -177,7 +176,7 @@ def parse_settings(classes, presets, description):
     deciding = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "profile", "checkpoint", "init", "output"):
         deciding.add_argument(f"--{name}")
-    deciding.add_argument("--resume", nargs="?", const="true")
+    deciding.add_argument("--resume", nargs="?", const=True, type=string_to_bool)
     early, _ = deciding.parse_known_args()
     parser.set_defaults(**{**MODELS, **presets}.get(early.preset, {}))
     parser.set_defaults(**PROFILES.get(early.profile or "paper", {}))
@@ -415,8 +414,8 @@ def open_output(args, settings, rank):
         raise LensError(f"{folder} holds a run already. Go on with it (--resume), or name another "
                         f"--output, or remove it.")
     if args.resume and not found:
-        raise LensError(f"--resume: no checkpoint in {folder / 'checkpoints'}. Name the --output of "
-                        f"a run that saved one; before the first, start again without --resume.")
+        raise LensError(f"--resume: no checkpoint in {folder / 'checkpoints'}. Name the --output "
+                        f"of a run that saved one; without any, start again without --resume.")
     dist.barrier()  # nobody writes before all have looked
     if rank == 0 and not args.export:
         together = {name: value for part in settings for name, value in asdict(part).items()}

@@ -154,6 +154,16 @@ class Reference(nn.Module):
 
 # --- Samples and their rewards --------------------------------------------------------------------
 
+def draw_samples(lens, sampler, fixed, batch, step, places, shared, args):
+    """Eq. 1 for a rank's share of the batch, whose prompts have these places in the whole. ->
+    positions, Samples"""
+    positions = prompt_positions(lens.mllm, batch)
+    uniforms = draw_uniforms(shared.seed, step, places, args.group_size, shared.max_completion)
+    return positions, generate(sampler, batch, positions, args.group_size, shared.max_completion,
+                               lens.eos, lens.forbidden, uniforms.to(batch["pixel_values"].device),
+                               args.temperature, fixed)
+
+
 def text_rewards(texts, finished, batch, power, prompt="paper"):
     """R_format and R_box of B groups of G texts -> (B, G) each. A cut completion has no end token,
     so its format is not whole; its box counts. The box is spoken in the MLLM frame and judged in
@@ -266,7 +276,7 @@ def vital_signs(out, groups, scores):
             "zero_variance": equal.float().mean(),
             "entropy": (out["entropy"].sum(1) / lengths).mean(),
             "completion_length": lengths.float().mean(), "cut": (~groups.finished).float().mean(),
-            "sampler_gap": gap.sum() / mask.sum()}
+            "sampler_gap": (gap.sum(1) / lengths).mean()}
 
 
 def train_on(lens, optimizer, passes, factor, args, world, step):
@@ -316,11 +326,11 @@ def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
     weighted = layers * trained + head * sampled * args.updates_per_batch
     flops = (6 + 2 * (args.beta > 0) / args.updates_per_batch) * weighted
     tflops = flops / world / max(seconds_update, 1e-9) / 1e12
-    row = {"sampled_per_second": round(sampled / max(seconds_sampling, 1e-9)),
-           "trained_per_second": round(trained / max(seconds_update, 1e-9)),
-           "tflops": round(tflops, 3)}
+    row = {"speed_sampled": round(sampled / max(seconds_sampling, 1e-9)),
+           "speed_trained": round(trained / max(seconds_update, 1e-9)),
+           "speed_tflops": round(tflops, 3)}
     if args.gpu_tflops:
-        row["mfu"] = round(tflops / args.gpu_tflops, 4)
+        row["speed_mfu"] = round(tflops / args.gpu_tflops, 4)
     if lens.queries.is_cuda:
         row["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return row
@@ -391,22 +401,20 @@ def main():
                        shared.prompt)
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
                               args.batch, rank, world, shared.workers, device)
-    share, G, longest = args.batch // world, args.group_size, shared.max_completion
-    fixed = fixed_cache(sampler, shared, share * G, device)
+    share = args.batch // world
+    places = range(rank * share, (rank + 1) * share)  # of this rank's prompts in a batch
+    fixed = fixed_cache(sampler, shared, share * args.group_size, device)
     decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
     metrics = Metrics(folder, start, total, rank, args.log_to)
-    best = max((row.get("val_giou", -1) for row in metrics.rows), default=-1)
+    best = [max((row.get("val_giou", -1) for row in metrics.rows), default=-1)]
+    dist.broadcast_object_list(best, src=0)  # export is a collective: all must agree
     received, began = watch_signals(), time.time()
     for step, batch in enumerate(loader, start):
         arrived = time.time()
         batch = to_device(batch, device)
-        positions = prompt_positions(lens.mllm, batch)
-        places = range(rank * share, (rank + 1) * share)  # of this rank's prompts in the batch
-        uniforms = draw_uniforms(shared.seed, step, places, G, longest).to(device)
-        samples = generate(sampler, batch, positions, G, longest, lens.eos, lens.forbidden,
-                           uniforms, args.temperature, fixed)
-        sampled = time.time()
+        positions, samples = draw_samples(lens, sampler, fixed, batch, step, places, shared, args)
         texts = [decode(group) for group in samples.completions]
+        sampled = time.time()
         passes = make_groups(lens, reference, batch, positions, samples, texts, args)
         factor = learning_rate(step, total, args.warmup, "linear")
         means, norm = train_on(lens, optimizer, passes, factor, args, world, step)
@@ -422,8 +430,8 @@ def main():
         if args.val_every and (step + 1) % args.val_every == 0:
             row |= validate(lens, sampler, fixed, val, collate, decode, shared, args, rank, world,
                             device)
-            if row["val_giou"] > best:
-                best = row["val_giou"]
+            if row["val_giou"] > best[0]:
+                best[0] = row["val_giou"]
                 export(folder / "best", lens, shared, sampler, processor)
         row["seconds"] = round(time.time() - began, 3)
         began = time.time()

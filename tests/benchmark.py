@@ -56,7 +56,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from align import set_trainable
-from grpo import grpo_loss
+from grpo import grpo_loss, segmentation_loss
 from model import Lens, draw_uniforms, generate, pack_groups, prompt_positions
 from train_rl import Groups, Reference, RLArgs, Scores, backward_pass, copy_mllm
 

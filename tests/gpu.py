@@ -466,7 +466,7 @@ def prepare_decoding(mllm, size, batch, fixed):
     """-> a function that decodes 8 tokens in shapes that are compiled already, as generate does"""
     hidden, prompt_cache, attention, after = prefill(mllm, batch, prompt_positions(mllm, batch))
     hidden, after = (x.repeat_interleave(size.G, 0) for x in (hidden, after))
-    cache = fixed.begin(prompt_cache, attention, size.G, size.T)
+    cache = fixed.begin(prompt_cache, attention, size.G)
     n, device = len(hidden), hidden.device
     forbidden = torch.zeros(mllm.lm_head.out_features, dtype=torch.bool, device=device)
     uniforms = draw_uniforms(0, 0, [0], n, 8).to(device)
@@ -541,7 +541,7 @@ def step(state, P):
             groups = run_pass(lens, state.reference, batch, packed, args, seconds)
     state.passes[P] = groups, dict(seconds)
     vision, seconds["vision tower alone"] = timed(vision_alone, state.sampler, batch)
-    phases = plan.memory(letters(state, P), args)
+    phases = plan.memory(letters(state, P), args, fixed=False)
     always = phases["update"].keys() & phases["training"].keys() - {"Adam", "gradients"}
     momentary = {part: value for part, value in phases["training"].items()
                  if part not in phases["sampling"]}

@@ -37,7 +37,8 @@ def read_metrics(folder):
 
 def lines(folder):
     """Without the times."""
-    return [{name: value for name, value in row.items() if not name.startswith("seconds")}
+    times = ("seconds", "speed")
+    return [{name: value for name, value in row.items() if not name.startswith(times)}
             for row in read_metrics(folder)]
 
 

@@ -9,22 +9,26 @@ completion --max-completion. Letters are the fields of Letters below. Bytes per 
 by s is in CPU memory with --offload):
 
     always     4t/s weights, 8t/s Adam, 4f frozen parts, bm sampling copy, bm/s reference; per
-               prompt its pictures twice, SAM's features 2 * 21A, its mask G S (P + S)
-    sampling   cache 2 b Ck (P + T - 1) layers n G and one layer of it again as it grows; 22 V n G
-               to pick a token
-    training   4t/s gradients; br gathered (--reshard false: bt and bm, all of policy and
-               reference); what the MLLM keeps (`kept`, `layer`, `block`); and the most of three
-               moments:
+               prompt its pictures twice, SAM's features 2 * 21A, its mask G S (P + S); on GPUs
+               the cache that sampling decodes in, one allocation that stays (model.FixedCache):
+               2 b Ck layers n G (--max-prompt up to a multiple of 512 + T up to one of 8)
+    sampling   the prompts' own cache 2 b Ck P layers n and b Ck P n G as it is copied; 22 V n G to
+               pick a token. Without the fixed cache (on a CPU) 2 b Ck (P + T - 1) layers n G, and
+               one layer of it again as it grows
+    training   4t/s gradients; with --reduce-once and several passes 4t of unreduced ones; br
+               gathered (--reshard false: bt and bm, all of policy and reference); what the MLLM
+               keeps (`kept`, `layer`, `block`); and the most of three moments:
                  logits   of a chunk 128 V (12 + b), the head's gradient twice 2bVC, SAM's
                           4A (24N + 20B), the connector's 84 b N M C
                  layer    made again, gradients 2 b B L I, FSDP's block (3b + 4)u: gathered, the
                           next, gradients, fp32 ones; the head's gradient bVC
                  root     its gradient leaves: (b + 4)r and, of several processes, 4r/s
-    update     4t/s gradients, 4m/s AdamW's temporary
+    update     4t/s gradients, 4m/s AdamW's temporary (a fused one, as on GPUs, has none)
 
-The model is loaded in CPU memory and moved part by part, which takes less than training does:
-`host`. tests/test_plan.py compares them with measured bytes, on the CPU only. Not in them: CUDA's
-own memory (2 GB assumed) and fragmentation.
+The model's files are mapped in CPU memory and it is moved part by part, which takes less than
+training does: `host`. What a GPU receives in a step: `communication`. tests/test_plan.py compares
+the memory with measured bytes, on the CPU only. Not in it: CUDA's own memory (2 GB assumed) and
+fragmentation.
 """
 import sys
 from dataclasses import dataclass
@@ -71,6 +75,8 @@ class Letters:
     n: int                  # prompts of a process and step
     b: int                  # bytes of a number in the compute precision
     s: int                  # processes that share a shard
+    nodes: int              # copies of all shards: 1, or with --shard hybrid the nodes
+    longest: int            # prompt that the fixed cache has room for (--max-prompt)
     # the language model
     V: int                  # vocabulary
     C: int                  # width
@@ -96,6 +102,7 @@ class Letters:
     m: int                  # of the MLLM
     u: int                  # of FSDP's largest block
     r: int                  # trained ones of FSDP's root
+    sam: int                # trained ones of SAM's head, a unit in fp32
     connector: int
 
     @property
@@ -163,11 +170,11 @@ def letters(lens, shared, args, gpus, P=0, p=0):
                                                  *lens.mllm.model.language_model.layers,
                                                  *lens.connector.blocks)]
     D, side = lens.sam.sam_prompt_encoder.embed_dim, lens.sam_size
+    s = min(gpus, NODE) if args.shard == "hybrid" else gpus
     return Letters(
         P=P, p=p or max(P - TEXT, 1) * merge, T=shared.max_completion, M=shared.num_queries,
         G=args.group_size, B=args.micro_batch, n=args.batch // gpus,
-        b=2 if shared.precision == "bf16" else 4,
-        s=min(gpus, NODE) if args.shard == "hybrid" else gpus,
+        b=2 if shared.precision == "bf16" else 4, s=s, nodes=gpus // s, longest=shared.max_prompt,
         V=lens.mllm.lm_head.out_features, C=text.hidden_size, I=text.intermediate_size,
         Ck=text.num_key_value_heads * head, heads=text.num_attention_heads,
         layers=text.num_hidden_layers, old=old,
@@ -179,7 +186,7 @@ def letters(lens, shared, args, gpus, P=0, p=0):
         A=D * (side // 16) ** 2, side=side,
         t=trained, f=count(lens.parameters()) - trained, m=count(lens.mllm.parameters()),
         u=max(blocks), r=trained - sum(blocks) - count_trained(lens.sam),
-        connector=count(lens.connector.parameters()))
+        sam=count_trained(lens.sam), connector=count(lens.connector.parameters()))
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -187,10 +194,12 @@ def letters(lens, shared, args, gpus, P=0, p=0):
 def layer(z):
     """Bytes that a layer of the language model keeps: two norms (an fp32 copy, two in b each),
     queries and attention's output, keys and values, the MLP's four; of the group attention prompt,
-    completions, their keys and mask; log-sum-exp."""
+    completions, their keys, and the mask in b, once for each of the C / Ck heads that share keys
+    (model.masked_attention); log-sum-exp."""
     b, rows, keys = z.b, z.B * z.L, z.P + z.S
     linear = 2 * (4 + 2 * b) * z.C + 2 * b * z.C + 2 * b * z.Ck + 4 * b * z.I
-    attention = (z.B * z.P * z.C + 3 * z.N * z.S * z.C + 2 * z.N * keys * z.Ck + z.N * z.S * keys)
+    mask = z.N * z.S * keys * z.C / z.Ck
+    attention = z.B * z.P * z.C + 3 * z.N * z.S * z.C + 2 * z.N * keys * z.Ck + mask
     return rows * linear + b * attention + 4 * z.heads * (z.B * z.P + z.N * z.S)
 
 
@@ -224,40 +233,90 @@ def moments(z, args):
             "root": (b + 4) * z.r + 4 * z.r / z.s * (z.s > 1)}
 
 
-def memory(z, args):
-    """-> {phase: {part: bytes per GPU}}"""
+def slots(P, T):
+    """Places that model.FixedCache has for a sequence of P + T tokens."""
+    return -(-P // 512) * 512 + -(-T // 8) * 8
+
+
+def memory(z, args, fixed=True):
+    """-> {phase: {part: bytes per GPU}}. fixed: sampling decodes in a FixedCache, as on GPUs."""
     b, sharded = z.b, 0 if args.offload else 1 / z.s
     per_picture = z.p * z.d + 3 * z.side ** 2 + z.side ** 2 // 8
     per_prompt = 2 * 4 * per_picture + 2 * 21 * z.A + z.G * z.S * (z.P + z.S)
     always = {"weights": 4 * z.t * sharded, "Adam": 8 * z.t * sharded, "frozen parts": 4 * z.f,
               "sampling copy": b * z.m, "reference": b * z.m * sharded * (args.beta > 0),
               "pictures": z.n * per_prompt}
-    cache = 2 * b * z.Ck * (z.P + z.T - 1) * z.layers * z.n * z.G
-    sampling = {"cache": cache + cache / z.layers, "picking": 22 * z.V * z.n * z.G}
+    a_token = 2 * b * z.Ck * z.layers
+    if fixed:
+        always["cache"] = a_token * z.n * z.G * slots(z.longest, z.T)
+        sampling = {"prompts' cache": a_token * z.P * z.n + b * z.Ck * z.P * z.n * z.G}
+    else:
+        sampling = {"cache": a_token * (1 + 1 / z.layers) * (z.P + z.T - 1) * z.n * z.G}
+    sampling["picking"] = 22 * z.V * z.n * z.G
     gradients = {"gradients": 4 * z.t * sharded}
     momentary = moments(z, args)
     busiest = max(momentary, key=momentary.get)
     training = {"gathered": b * (z.r if args.reshard else z.t + z.m * (args.beta > 0)),
                 "kept": kept(z, args.gradient_checkpointing),
                 f"moment: {busiest}": momentary[busiest]}
+    if args.reduce_once and z.n > z.B:
+        training["unreduced"] = 4 * z.t
     return {"sampling": {**always, **sampling},
             "training": {**always, **gradients, **training},
             "update": {**always, **gradients, "temporary": 4 * z.m * sharded}}
 
 
-def host(z, args):
-    """Bytes of CPU memory per process until the model is sharded: all of it in fp32, and the
-    reference."""
+def host(z, moved=True):
+    """-> bytes of CPU memory until the model is sharded: the mapped files of the MLLM (bf16), which
+    the processes of a machine share, and what each has of its own. That is SAM and the context
+    module in fp32 and one unit cast to fp32 after another, each moved to the GPU where it is cut;
+    the root comes last, when all else has left. Not moved, as on a CPU, all stays, and the root is
+    there twice as it is cut. Not in it: Python, CUDA and the loaders' processes."""
+    outside = z.f + z.t - z.m
+    own = max(outside + z.u, z.r) if moved else z.f + z.t + z.r
+    return 2 * z.m, 4 * own
+
+
+def host_before(z, args):
+    """What each process held before the files were mapped: all in fp32 and the reference."""
     return 4 * (z.t + z.f) + z.b * z.m * (args.beta > 0)
+
+
+# --- Communication --------------------------------------------------------------------------------
+
+def communication(z, args, before=False):
+    """-> {part: bytes that a GPU receives in a step}. A ring's share (s - 1) / s of what is
+    gathered (in b, SAM's head in fp32) or reduced; no padding, no scalars. before: the root
+    gathered twice, every pass reduced, and a refresh that gathered the connector and SAM's decoder
+    as well."""
+    b, share = z.b, (z.s - 1) / z.s
+    of_reference = z.n // z.B                           # passes
+    of_policy = of_reference * args.updates_per_batch
+    whole = b * z.t + (4 - b) * z.sam
+    again = (whole if before else whole - b * z.r) * args.reshard
+    once = args.reduce_once and not before
+    reductions = args.updates_per_batch if once else of_policy
+    received = {"policy gathered": of_policy * (whole + again) * share,
+                "reference gathered": of_reference * b * z.m * share * (args.beta > 0),
+                "gradients reduced": reductions * 4 * z.t * share,
+                "refresh": (whole if before else b * z.m) * share}
+    if z.nodes > 1:
+        around = 2 * (z.nodes - 1) / z.nodes            # an all-reduce's two rounds
+        received["between nodes"] = reductions * around * 4 * z.t / z.s
+    return received
 
 
 # --- Arithmetic -----------------------------------------------------------------------------------
 
+def weights(z):
+    """Parameters that a token of the language model passes through: its layers' and its head's."""
+    return z.layers * (2 * z.C ** 2 + 2 * z.C * z.Ck + 3 * z.C * z.I) + z.V * z.C
+
+
 def language(z, rows, pairs):
     """FLOPs of the language model's layers: 2 per weight and token, 4C per (query, key) pair. No
     discount for causality."""
-    weights = 2 * z.C ** 2 + 2 * z.C * z.Ck + 3 * z.C * z.I
-    return z.layers * (2 * rows * weights + 4 * z.C * pairs)
+    return 2 * rows * (weights(z) - z.V * z.C) + z.layers * 4 * z.C * pairs
 
 
 def vision(z):
@@ -325,20 +384,32 @@ def print_plan(shared, args, plan_args):
     scores = 12 * z.N * z.heads * z.S * (z.P + z.S)
     unfused = max(peak, totals["training"] + scores)
     print(f"\nwith {CUDA / 1e9:g} GB for CUDA: {verdict(peak + CUDA, limit)}\n"
-          f"where attention with a mask and grouped keys has no fused kernel, its scores add "
-          f"{scores / 1e9:.1f} GB to training: {verdict(unfused + CUDA, limit)}")
+          f"not measured: whether attention with a mask takes a fused kernel on this GPU "
+          f"(tests/gpu.py measures it); where not, its scores add {scores / 1e9:.1f} GB to "
+          f"training: {verdict(unfused + CUDA, limit)}")
     offloaded = (16 * z.t + z.b * z.m * (args.beta > 0)) / z.s if args.offload else 0
-    print(f"CPU memory per process: {host(z, args) / 1e9:.1f} GB while it starts, "
-          f"{offloaded / 1e9:.1f} GB of shards afterwards")
+    shared_pages, own = host(z)
+    print(f"CPU memory while it starts: {shared_pages / 1e9:.1f} GB of mapped files per machine "
+          f"and {own / 1e9:.1f} GB per process; {offloaded / 1e9:.1f} GB of shards per process "
+          f"afterwards")
+    print_communication(z, args)
     flops = arithmetic(lens, z, args)
     total = sum(flops.values())
     print("\nTFLOP per GPU and step: "
           + ", ".join(f"{name} {value / 1e12:.1f}" for name, value in flops.items()))
-    cache_read = 2 * z.b * z.Ck * z.layers * z.n * z.G * (z.P * z.T + z.T ** 2 / 2)
-    read = z.T * z.b * z.m + cache_read
+    cache_read = 2 * z.b * z.Ck * z.layers * z.n * z.G * slots(z.P, z.T)
+    read = z.T * (z.b * weights(z) + cache_read)
     print(f"all {total / 1e12:.0f}: {total / 1e14:.1f} s at 100 TFLOP/s, if a GPU achieves that "
           f"(not measured). Sampling also reads {read / 1e12:.1f} TB of weights and cache, one "
           f"token after another.")
+
+
+def print_communication(z, args):
+    now, before = communication(z, args), communication(z, args, before=True)
+    print("\nGB that a GPU receives per step: "
+          + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in now.items())
+          + f"\nall {sum(now.values()) / 1e9:.1f}; {sum(before.values()) / 1e9:.1f} with the root "
+          f"gathered twice, every pass reduced and a refresh of the whole")
 
 
 def main():

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
                           Qwen2VLConfig, Qwen2VLForConditionalGeneration)
 
+import cluster
 import model
 import plan
 import train_rl
@@ -90,6 +91,22 @@ class Peak(TorchDispatchMode):
         if largest > self.peak / 1000:           # small ones are counted with the next large one
             self.peak = max(self.peak, self.now())
         return out
+
+
+class Received(TorchDispatchMode):
+    """Bytes of all-gathers (what comes out) and reduce-scatters (what goes in), a process's own
+    part included: {"gathered", "reduced"}"""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"gathered": 0, "reduced": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "allgather" in func.name():
+            self.bytes["gathered"] += args[0].nbytes
+        elif "reduce_scatter" in func.name():
+            self.bytes["reduced"] += args[1].nbytes
+        return func(*args, **(kwargs or {}))
 
 
 class Saved:
@@ -180,8 +197,14 @@ def test_cache(precision, monkeypatch):
     model.generate(sampler, batch, positions, z.G, z.T, no_token, lens.forbidden)
     measured = sum(tensor.untyped_storage().nbytes() for layer in caches[0].layers
                    for tensor in (layer.keys, layer.values))
-    planned = plan.memory(z, args)["sampling"]["cache"]
+    planned = plan.memory(z, args, fixed=False)["sampling"]["cache"]
     assert measured == round(planned / (1 + 1 / z.layers))
+
+    z.longest = 700                      # what GPUs decode in, for prompts up to here
+    fixed = model.FixedCache(sampler, z.n * z.G, z.longest, z.T, compiled=False)
+    for phase in plan.memory(z, args).values():
+        assert fixed.whole.nbytes == phase["cache"]
+    assert fixed.whole.shape[4] == plan.slots(z.longest, z.T) == 1024 + 64
 
 
 # --- A whole step on one process or two -----------------------------------------------------------
@@ -199,22 +222,22 @@ def add_truth(batch, n):
 
 
 def step(lens, batch, completions, args, precision, world, mesh):
-    """Two steps, as main() takes them. -> {phase: the most bytes alive}, exact bytes of the parts
-    after the second"""
+    """Two steps, as main() takes them; the memory of `lens` stands for the mapped files. -> {phase:
+    the most bytes alive}, exact bytes of the parts after the second"""
     peaks, n, G = {}, len(completions), args.group_size
     add_truth(batch, n)
+    lens.train()
+    frozen = [p for p in lens.parameters() if not p.requires_grad]
     with Peak(lens.parameters()) as seen:
         sampler = train_rl.copy_mllm(lens.mllm, precision)
-        reference = train_rl.Reference(train_rl.copy_mllm(lens.mllm, precision), lens.forbidden)
+        reference = train_rl.Reference(train_rl.share_mllm(lens.mllm), lens.forbidden)
+        if args.gradient_checkpointing:
+            lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
+        shard(lens, mesh, precision, frozen, args.reshard)
     peaks["start"] = seen.peak
-    lens.train()
-    if args.gradient_checkpointing:
-        lens.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    frozen = [p for p in lens.parameters() if not p.requires_grad]
-    shard(lens, mesh, precision, frozen, args.reshard)
     shard(reference, mesh, precision, (), args.reshard)
     groups = train_rl.parameter_groups(lens, args)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=True)                 # as on CUDA
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=True)      # with its temporary
     positions = model.prompt_positions(lens.mllm, batch)
     uniforms = model.draw_uniforms(0, 0, range(n), G, len(completions[0][0]))
     texts, finished, no_token = [["no"] * G] * n, [[True] * G] * n, -5
@@ -246,7 +269,8 @@ def step(lens, batch, completions, args, precision, world, mesh):
 
 
 def exact_parts(z, args):
-    return {name: size for parts in plan.memory(z, args).values() for name, size in parts.items()}
+    phases = plan.memory(z, args, fixed=False)
+    return {name: size for parts in phases.values() for name, size in parts.items()}
 
 
 @pytest.mark.parametrize("shape", [
@@ -256,15 +280,16 @@ def test_one_process(shape):
     +15 %, and the part of training's that is not among those within -15 % and +40 %: it adds things
     that do not all coincide."""
     precision = shape.get("precision", "bf16")
-    lens, batch, completions, z, args = setting(**shape, n=2, side=8, layers=3)
+    lens, batch, completions, z, args = setting(**shape, n=2, side=8, layers=3,
+                                                dtype=torch.bfloat16)
     _, world, _, mesh = start_processes(SharedArgs())
     try:
         peaks, exact = step(lens, batch, completions, args, precision, world, mesh)
     finally:
         dist.destroy_process_group()
-    planned, named = plan.memory(z, args), exact_parts(z, args)
+    planned, named = plan.memory(z, args, fixed=False), exact_parts(z, args)
     assert exact == {name: named[name] for name in exact}
-    at_start = plan.host(z, args) + named["sampling copy"]               # both on the CPU here
+    at_start = sum(plan.host(z, moved=False)) + named["sampling copy"]   # all on the CPU here
     near(peaks.pop("start"), at_start, -0.01, 0.01)
     for phase, peak in peaks.items():
         near(peak, sum(planned[phase].values()), -0.05, 0.15)
@@ -276,22 +301,28 @@ def test_two_processes_hold_half(tmp_path):
     """Sums over both to the byte: a dimension that does not split evenly gives one process more."""
     out = tmp_path / "two.pt"
     run(*TORCHRUN, "--nproc_per_node=2", "tests/test_plan.py", out)
-    both, planned = torch.load(out, weights_only=True)
+    both, planned, received, communication = torch.load(out, weights_only=True)
     for name in ("weights", "gradients", "Adam", "reference"):
         assert sum(part[name] for part in both) == 2 * planned[name], name
         assert abs(both[0][name] / planned[name] - 1) < 0.02
     for name in ("frozen parts", "sampling copy"):
         assert both[0][name] == both[1][name] == planned[name]
+    # of two steps, a process's own half included
+    gathered = communication["policy gathered"] + communication["reference gathered"]
+    near(received["gathered"], 2 * 2 * gathered, -0.03, 0.03)
+    near(received["reduced"], 2 * 2 * communication["gradients reduced"], -0.03, 0.03)
 
 
 def main(out):
     rank, world, _, mesh = start_processes(SharedArgs())
-    lens, batch, completions, z, args = setting(T=3, G=2, gpus=2, side=4, layers=2)
-    _, exact = step(lens, batch, completions, args, "bf16", world, mesh)
+    lens, batch, completions, z, args = setting(T=3, G=2, gpus=2, side=4, layers=2,
+                                                dtype=torch.bfloat16)
+    with Received() as seen:
+        _, exact = step(lens, batch, completions, args, "bf16", world, mesh)
     both = [None] * world
     dist.all_gather_object(both, exact)
     if rank == 0:
-        torch.save((both, exact_parts(z, args)), out)
+        torch.save((both, exact_parts(z, args), seen.bytes, plan.communication(z, args)), out)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -320,7 +351,7 @@ def test_arithmetic(old):
     assert all(flops.values())
 
 
-# --- The printed plan -----------------------------------------------------------------------------
+# --- The pages ------------------------------------------------------------------------------------
 
 def printed(capsys, monkeypatch, *flags):
     """From the command line, on which any flag of train_rl.py may stand."""
@@ -332,7 +363,11 @@ def printed(capsys, monkeypatch, *flags):
 def test_printed_plan(capsys, monkeypatch):
     text = printed(capsys, monkeypatch)
     assert "on 16 GPUs of 48 GB: 3.96 G parameters train" in text
-    assert "rows of 8704" in text and "4 prompts per GPU" in text
+    assert f"rows of {1475 + 8 * (768 + 64)}" in text and "4 prompts per GPU" in text
+    assert "rows of 8704" in printed(capsys, monkeypatch, "--max-pixels", 0)
+    once = printed(capsys, monkeypatch, "--reduce-once")
+    assert "unreduced" not in text and "unreduced" in once
+    assert "between nodes" in printed(capsys, monkeypatch, "--shard", "hybrid")
     assert "DOES NOT FIT" in printed(capsys, monkeypatch, "--gpus", 1, "--gpu-memory", 24)
     text = printed(capsys, monkeypatch, "--preset", "2b", "--group-size", 2, "--max-pixels",
                    1_000_000)
@@ -342,6 +377,11 @@ def test_printed_plan(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         printed(capsys, monkeypatch, "--gpus", 0)
     assert "--gpus must be at least 1" in capsys.readouterr().err
+
+
+def test_page():
+    """docs/cluster.md is what its script writes."""
+    assert (plan.ROOT / "docs/cluster.md").read_text() == cluster.page()
 
 
 if __name__ == "__main__":

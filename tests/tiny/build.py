@@ -59,6 +59,7 @@ from transformers import (AutoProcessor, GenerationConfig, PreTrainedTokenizerFa
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import data
+import rewards
 import world
 from rewards import box_iou, format_reward, parse_box
 
