@@ -129,7 +129,7 @@ numbers are drawn before sampling, from (seed, step, prompt, g).
 
 {chr(10).join(part + chr(10) for part in shown)}
 Code: {code("train_rl.py", "uniforms = draw_uniforms(",
-            "train_rl.py", "samples = generate(sampler, batch, positions, G,")}"""
+            "train_rl.py", "return positions, generate(sampler, batch, positions,")}"""
 
 
 def about_the_row(packed, lengths, P, M):
