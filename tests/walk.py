@@ -129,7 +129,7 @@ numbers are drawn before sampling, from (seed, step, prompt, g).
 
 {chr(10).join(part + chr(10) for part in shown)}
 Code: {code("train_rl.py", "uniforms = draw_uniforms(",
-            "train_rl.py", "samples = generate(sampler, batch, positions, G,")}"""
+            "train_rl.py", "return positions, generate(sampler, batch, positions,")}"""
 
 
 def about_the_row(packed, lengths, P, M):
@@ -292,8 +292,8 @@ by that before:
         "mask IoU before", "after"], rows)}
 
 The masks change too, because L_seg trains the queries, the connector and SAM's decoder. They are
-masks of the one picture that the update has just seen, so this is no sign that masks of other pictures
-change in the same way.
+masks of the one picture that the update has just seen, so this is no sign that masks of other
+pictures change in the same way.
 
 {notes}In a real run a step has {PRESETS["tiny"]["batch"]} such groups (tiny preset) or
 {RLArgs.batch} (paper), and the update follows their mean. After the update, the copy that samples
