@@ -327,7 +327,10 @@ def dry_run(shared, args, gpus, P=0, p=0):
 
 
 def planned(z, args):
-    return {"planned": plan.memory(z, args), "planned moments": plan.moments(z, args),
+    phases = plan.memory(z, args)
+    for parts in phases.values():
+        parts.pop("cache", None)                     # sampling is not run
+    return {"planned": phases, "planned moments": plan.moments(z, args),
             "planned kept": plan.kept(z, args.gradient_checkpointing)}
 
 
@@ -361,8 +364,6 @@ def compare(case):
     coming = sum(size for part, size in training.items() if part not in found)
     rows["activations, temporary"] = coming, rest(peak)
     rows["all of training"] = sum(training.values()), peak["Total"]
-    rows["update's temporary"] = (planned["update"]["temporary"],
-                                  rest(last) + last["OptState"] - adam)
     rows["all of the update"] = sum(planned["update"].values()), last["Total"]
     return rows
 

@@ -18,12 +18,12 @@ by s is in CPU memory with --offload):
     training   4t/s gradients; with --reduce-once and several passes 4t of unreduced ones; br
                gathered (--reshard false: bt and bm, all of policy and reference); what the MLLM
                keeps (`kept`, `layer`, `block`); and the most of three moments:
-                 logits   of a chunk 128 V (12 + b), the head's gradient twice 2bVC, SAM's
-                          4A (24N + 20B), the connector's 84 b N M C
+                 logits   of a chunk 128 V (12 + b), the head's gradient 3bVC (bVC where one
+                          chunk is all), SAM's 4A (24N + 20B), the connector's 84 b N M C
                  layer    made again, gradients 2 b B L I, FSDP's block (3b + 4)u: gathered, the
                           next, gradients, fp32 ones; the head's gradient bVC
                  root     its gradient leaves: (b + 4)r and, of several processes, 4r/s
-    update     4t/s gradients, 4m/s AdamW's temporary (a fused one, as on GPUs, has none)
+    update     4t/s gradients, 4m/s AdamW's temporary on a CPU (on GPUs it is fused: none)
 
 The model's files are mapped in CPU memory and it is moved part by part, which takes less than
 training does: `host`. What a GPU receives in a step: `communication`. tests/test_plan.py compares
@@ -227,7 +227,9 @@ def moments(z, args):
     b = z.b
     chunk = min(128, z.N * z.T)                                      # tokens; see token_log_probs
     again = layer(z) * args.gradient_checkpointing
-    return {"logits": (chunk * z.V * (12 + b) + 2 * b * z.V * z.C + 4 * z.A * (24 * z.N + 20 * z.B)
+    heads = 3 if z.N * z.T > chunk else 1            # its gradient: the sum, a chunk's, the new sum
+    return {"logits": (chunk * z.V * (12 + b) + heads * b * z.V * z.C
+                       + 4 * z.A * (24 * z.N + 20 * z.B)
                        + 84 * b * z.N * z.M * z.C),
             "layer": again + 2 * b * z.B * z.L * z.I + (3 * b + 4) * z.u + b * z.V * z.C,
             "root": (b + 4) * z.r + 4 * z.r / z.s * (z.s > 1)}
@@ -239,7 +241,8 @@ def slots(P, T):
 
 
 def memory(z, args, fixed=True):
-    """-> {phase: {part: bytes per GPU}}. fixed: sampling decodes in a FixedCache, as on GPUs."""
+    """-> {phase: {part: bytes per GPU}}. fixed: as on GPUs, where sampling decodes in a FixedCache
+    and AdamW is fused."""
     b, sharded = z.b, 0 if args.offload else 1 / z.s
     per_picture = z.p * z.d + 3 * z.side ** 2 + z.side ** 2 // 8
     per_prompt = 2 * 4 * per_picture + 2 * 21 * z.A + z.G * z.S * (z.P + z.S)
@@ -263,7 +266,7 @@ def memory(z, args, fixed=True):
         training["unreduced"] = 4 * z.t
     return {"sampling": {**always, **sampling},
             "training": {**always, **gradients, **training},
-            "update": {**always, **gradients, "temporary": 4 * z.m * sharded}}
+            "update": {**always, **gradients, "temporary": 0 if fixed else 4 * z.m * sharded}}
 
 
 def host(z, moved=True):
