@@ -81,7 +81,8 @@ def load_toy(folder):
         for path in (ROOT / "tests/tiny/mllm").iterdir():
             if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
                 shutil.copy(path, place / "run/mllm")
-        lens, _ = build_lens(SharedArgs(**read_run(place / "run")), place / "run")
+        settings = {**read_run(place / "run"), "precision": "fp32"}  # SAM's encoder follows it
+        lens, _ = build_lens(SharedArgs(**settings), place / "run")
     return lens.eval()
 
 

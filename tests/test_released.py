@@ -118,7 +118,8 @@ def convert(folder, out, **options):
 
 
 def load(out):
-    return model.build_lens(SharedArgs(**model.read_run(out)), out)
+    settings = {**model.read_run(out), "precision": "fp32"}  # SAM's encoder follows it
+    return model.build_lens(SharedArgs(**settings), out)
 
 
 # --- The same numbers -----------------------------------------------------------------------------
