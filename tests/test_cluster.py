@@ -94,7 +94,7 @@ def same_samples(a, b):
     assert a.finished == b.finished
     for of_a, of_b in zip(a.completions, b.completions):
         assert all(torch.equal(x, y) for x, y in zip(of_a, of_b))
-    assert (a.log_probs - b.log_probs).abs().max() < 2e-5
+    assert (a.log_probs - b.log_probs).abs().max() < 1e-5
 
 
 def an_early_end(completions):
