@@ -3,6 +3,7 @@ kill in the middle; every dataset at once; tables, one picture, curves; the gall
 kept. evaluate.py runs in this process or in forks of it: an import takes seconds."""
 import base64
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -66,13 +67,14 @@ def fork(n, *flags):
         port = free.getsockname()[1]
 
     def work(rank):
+        gc.freeze()          # an earlier test's process group, collected here, would wait forever
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         with command_line(*flags), contextlib.redirect_stdout(io.StringIO()):
             align.run(evaluate.main)
 
-    started = [multiprocessing.get_context("fork").Process(target=work, args=(rank,))
-               for rank in range(n)]
+    fresh = multiprocessing.get_context("fork")
+    started = [fresh.Process(target=work, args=(rank,), daemon=True) for rank in range(n)]
     for process in started:
         process.start()
     return started
@@ -88,6 +90,8 @@ def call_on(n, *flags):
     started = fork(n, *flags)
     for process in started:
         process.join(120)
+        process.kill()
+        process.join()
     assert [process.exitcode for process in started] == [0] * n
 
 
