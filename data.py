@@ -81,8 +81,10 @@ def mllm_frame(model_type, grid_thw, patch_size):
 #
 # A record is {"id", "split", "image" (path), "texts" (its expressions), "size" ((height, width), or
 # None where only the picture knows), "box" (picture frame, or None: the mask's extent),
-# "segmentation" (see load_masks)}, and for GroundingSuite "class". A reader yields a LensError in
-# the place of a damaged one: training stops at the first, --check lists them all.
+# "segmentation" (see load_masks)}, and what evaluation counts apart: for GroundingSuite "class", in
+# REFER's layout "kinds" (one per expression) and "layout", both None but in the shapes world. A
+# reader yields a LensError in the place of a damaged one: training stops at the first, --check
+# lists them all.
 #
 # Objects and expressions of each split, as published (None: not checked)
 DATASETS = {
@@ -174,6 +176,8 @@ def refer_record(ref, image, annotation, dataset, pictures):
     return {"id": f"{dataset}/{ref['ref_id']}", "split": ref["split"],
             "image": f"{pictures}/COCO_train2014_{ref['image_id']:012d}.jpg",
             "texts": [sentence["sent"] for sentence in ref["sentences"]],
+            "kinds": [sentence.get("kind") for sentence in ref["sentences"]],
+            "layout": annotation.get("layout"),
             "size": (height, width), "box": (x, y, x + w, y + h),
             "segmentation": annotation["segmentation"]}
 

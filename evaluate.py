@@ -234,12 +234,19 @@ def evaluate_split(predictor, split, kept, rank, world):
     for records in of_all_ranks:
         kept.records.update({record["key"]: record for record in records})
     in_order = []
-    for place, (annotation, _) in enumerate(split.rows.rows):
-        where = {"set": split.name, "dataset": split.dataset, "split": split.split, "place": place,
-                 "class": annotation.get("class")}                      # GroundingSuite's alone
-        in_order.append({**kept.records.pop(keys[place]), **where})
+    for place, (annotation, text) in enumerate(split.rows.rows):
+        where = {"set": split.name, "dataset": split.dataset, "split": split.split, "place": place}
+        in_order.append({**kept.records.pop(keys[place]), **where, **groups_of(annotation, text)})
     kept.records.update({record["key"]: record for record in in_order})  # the file's order as well
     return in_order
+
+
+def groups_of(annotation, text):
+    """{what a row is also counted under: its name there, or None}: GroundingSuite's class, and the
+    shapes world's kind of expression and layout. text: index of the row's expression."""
+    kinds = annotation.get("kinds")
+    return {"class": annotation.get("class"), "kind": kinds[text] if kinds else None,
+            "layout": annotation.get("layout")}
 
 
 def make_record(batch, b, prediction, predictor):
@@ -325,15 +332,16 @@ class KeptPredictions:
 # --- Numbers --------------------------------------------------------------------------------------
 
 def summarize_split(split, records):
-    """-> {name: summary} of the split and, for GroundingSuite, of each of its classes."""
+    """-> {name: summary} of the split and of each group of its rows, see groups_of."""
     subset = {}
     if len(split.rows) < split.rows.total:
         subset = {"subset": f" (subset, n = {len(split.rows)} of {split.rows.total})"}
     results = {split.name: {**summarize(records), "quartiles": quartiles(records),
                             "title": f"{split.dataset} {split.split}", **subset}}
-    for group in sorted({record["class"] for record in records if record["class"]}):
-        of_group = [record for record in records if record["class"] == group]
-        results[f"{split.name}: {group}"] = {**summarize(of_group), **subset}
+    for sort in ("class", "kind", "layout"):
+        for group in sorted({record[sort] for record in records if record[sort]}):
+            of_group = [record for record in records if record[sort] == group]
+            results[f"{split.name}: {group}"] = {**summarize(of_group), **subset}
     return results
 
 

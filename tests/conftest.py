@@ -25,6 +25,8 @@ import world as shapes_world
 from model import Samples
 
 IMAGE, END, VOCABULARY = 255, 2, 256
+SAM_CONFIG = OmegaConf.load(ROOT / "tests/tiny/sam/config.yaml").model
+SAM_SIDE = SAM_CONFIG.image_size                 # of the stand-in's square picture, in pixels
 
 
 def random_mllm(seed=0, attention="sdpa"):
@@ -45,10 +47,9 @@ def random_mllm(seed=0, attention="sdpa"):
 
 
 def random_sam(seed=0):
-    """A real SAM 2 of a small Hiera at 128 px, as tests/tiny/sam/config.yaml describes it, random
-    weights."""
+    """A real SAM 2 of a small Hiera, as tests/tiny/sam/config.yaml describes it, random weights."""
     torch.manual_seed(seed)
-    return instantiate(OmegaConf.load(ROOT / "tests/tiny/sam/config.yaml").model, _recursive_=True)
+    return instantiate(SAM_CONFIG, _recursive_=True)
 
 
 def random_batch(grids=((1, 4, 6), (1, 6, 4)), texts=(7, 11), seed=1):
@@ -65,7 +66,7 @@ def random_batch(grids=((1, 4, 6), (1, 6, 4)), texts=(7, 11), seed=1):
     patches = sum(h * w for _, h, w in grids)
     return {"ids": ids, "types": types, "grid_thw": torch.tensor(grids),
             "pixel_values": torch.randn(patches, 3 * 2 * 8 * 8, generator=g),
-            "sam_pixels": torch.randn(len(grids), 3, 128, 128, generator=g)}
+            "sam_pixels": torch.randn(len(grids), 3, SAM_SIDE, SAM_SIDE, generator=g)}
 
 
 def stored_samples(completions, finished):

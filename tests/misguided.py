@@ -5,9 +5,10 @@
 Writes docs/misguided.{json,md,png}. The model's own greedy answers on 500 rows of the shapes
 world's val whose box has found the object (IoU above 0.4). In each the four numbers of the box are
 replaced, and nothing else, by a box that is shifted, shrunk, or that of another object of the
-picture. Then the mask is drawn twice: by the context queries, which read the changed answer, and by
-an untouched SAM 2, which the changed box prompts. Both see the same wrong box; only the queries see
-picture, question and reasoning as well.
+picture, which must lie elsewhere: two bars that cross share theirs. Then the mask is drawn twice:
+by the context queries, which read the changed answer, and by an untouched SAM 2, which the changed
+box prompts. Both see the same wrong box; only the queries see picture, question and reasoning as
+well.
 
 Then the other way round: the answer with its box but without its reasoning, with another row's
 reasoning, with the reasoning alone, and no answer at all. What is left of the mask tells which of
@@ -31,6 +32,7 @@ from picture import open_run
 from rewards import box_iou, find_box, full_size_masks, mask_iou
 
 ROWS, BATCH = 500, 50
+FOUND = 0.4                                # a box above this IoU has found its object
 SHIFTS, SHRINKS = (0.25, 0.5, 0.75, 1.0), (0.75, 0.5, 0.25)      # of the box's size, of its sides
 CORRUPTIONS = ["own box", *(f"shifted by {s}" for s in SHIFTS),
                *(f"shrunk to {s}" for s in SHRINKS), "another object's box"]
@@ -50,6 +52,12 @@ def corrupted(box, other, rng):
     return [box, *shifted, *shrunk, other]
 
 
+def elsewhere(things, chosen):
+    """Boxes of a picture's other things that would not count as having found the chosen one."""
+    boxes = [thing["box"] for thing in things]
+    return [box for box in boxes if box_iou(box, boxes[chosen]) <= FOUND]
+
+
 def write_box(answer, box, size):
     """The answer with these numbers in its box's place, in the MLLM frame, inside the picture."""
     numbers = [min(max(round(v), 0), side) for v, side in zip(box, size * 2)]
@@ -63,15 +71,16 @@ def without_reasoning(answer):
 def rewrite(batch, answers, ids, others, reasonings, rng):
     """-> the rows whose own box is right, and for each of them: the texts of CORRUPTIONS and
     VARIANTS, the boxes (picture frame) of CORRUPTIONS. `reasonings` of the rows before, the last of
-    which each row borrows, grow by the rows' own."""
+    which each row borrows, grow by the rows' own. Rows without another object's box are left
+    out."""
     kept, texts, boxes = [], [], []
     for b, answer in enumerate(answers):
         frame, size = batch["frames"][b], batch["masks"][b].shape[::-1]
         own = find_box(answer)
-        if own is None:
+        if own is None or not others[ids[b]]:
             continue
         own = rescale_box(own, frame, size)
-        if box_iou(own, batch["boxes"][b]) <= 0.4:
+        if box_iou(own, batch["boxes"][b]) <= FOUND:
             continue
         reasoning = answer.partition("<answer>")[0]
         written = [write_box(answer, rescale_box(box, size, frame), frame)
@@ -93,14 +102,16 @@ def draw_masks(lens, stock, batch, positions, groups, boxes):
     packed = pack_groups(batch["ids"], context_positions(positions, lens.positions), groups, lens.M)
     read = lens(batch["pixel_values"], batch["grid_thw"], packed, features,
                 with_log_probs=False)["mask_logits"]
-    scale = lens.sam_size / batch["masks"][0].shape[0]               # pictures here are square
-    prompts = stock.box_prompts(torch.tensor(boxes).flatten(0, 1).float() * scale)
+    sam_frame = (lens.sam_size, lens.sam_size)
+    moved = [rescale_box(box, mask.shape[::-1], sam_frame)
+             for mask, of_row in zip(batch["masks"], boxes) for box in of_row]
+    prompts = stock.box_prompts(torch.tensor(moved).float())
     drawn = stock(features, prompts.view(len(boxes), len(CORRUPTIONS), *prompts.shape[1:]))
     side = read.shape[-2:]
     return read.view(len(boxes), -1, *side), drawn.view(len(boxes), -1, *side)
 
 
-def measure(lens, stock, processor, rows, collate, others):
+def measure(lens, stock, processor, rows, collate, others, longest):
     """Over the rows whose own box is right -> {name: list of (box IoU, mask IoU of the queries,
     mask IoU of the box)}, of VARIANTS the queries' mask IoU alone"""
     rng, result = random.Random(0), {name: [] for name in (*CORRUPTIONS, *VARIANTS)}
@@ -112,7 +123,8 @@ def measure(lens, stock, processor, rows, collate, others):
         chosen = rows.rows[start:start + BATCH]
         batch = collate([load_item(*row) for row in chosen])
         positions = prompt_positions(lens.mllm, batch)
-        completions = generate(lens.mllm, batch, positions, 1, 64, lens.eos, lens.forbidden).completions
+        completions = generate(lens.mllm, batch, positions, 1, longest, lens.eos,
+                               lens.forbidden).completions
         answers = [processor.tokenizer.decode(group[0], skip_special_tokens=True)
                    for group in completions]
         ids = [record["id"] for record, _ in chosen]
@@ -170,10 +182,10 @@ def main(folder):
     records = read_records(shared.data, shared.datasets, ["val"])
     others = {}                                                      # the picture's other objects
     for record, (_, things, chosen, _) in zip(records, world.scenes("val", len(records))):
-        others[record["id"]] = [thing["box"] for i, thing in enumerate(things) if i != chosen]
+        others[record["id"]] = elsewhere(things, chosen)
     rows = EvaluationRows(records, ROWS)
     stock = SamHead(load_sam(shared.sam)).eval()
-    found = measure(lens, stock, processor, rows, collate, others)
+    found = measure(lens, stock, processor, rows, collate, others, shared.max_completion)
     means = {name: torch.tensor(values).view(len(values), -1).mean(0).tolist()
              for name, values in found.items()}
     n = len(found["own box"])

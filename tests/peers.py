@@ -310,9 +310,9 @@ def part_stored(args, folder):
 
 # --- 2. The group forward on the stand-in ---------------------------------------------------------
 
-SIZES = [None, (200, 96), (72, 160), (256, 256)]  # of the pictures; None leaves the world's 128
+SIZES = [(128, 128), (200, 96), (72, 160), (256, 256)]           # of the pictures
 CASES = {
-    "one size": dict(sizes=[None] * 4),
+    "one size": dict(sizes=SIZES[:1] * 4),
     "four sizes": dict(sizes=SIZES),
     "four sizes, their attention eager": dict(sizes=SIZES, attention="eager"),
     "four sizes, temperature 0.7": dict(sizes=SIZES, temperature=0.7)}
@@ -320,13 +320,12 @@ GROUP_G, LONGEST = 4, 48
 
 
 def load_items(folder, sizes):
-    """Pictures and expressions of the shapes world, a picture resized where `sizes` asks for it."""
+    """Expressions of the shapes world, and its pictures, which have any size, resized to these."""
     records = read_records(folder, ["shapes"], ["train"])
     items = []
     for record, size in zip(records, sizes):
         item = load_item(record, 0)
-        if size:
-            item["image"] = item["image"].resize(size)
+        item["image"] = item["image"].resize(size)
         items.append(item)
     return items
 

@@ -1,22 +1,19 @@
 """The proof on the laptop: does stage 2 do what it claims? Three seeds, two controls. By hand:
 
-    python tests/proof.py                # about 40 minutes on two cores; goes on where it stopped
+    python tests/proof.py                # an hour on two cores; goes on where it stopped
     python tests/proof.py --seeds 1      # one seed
 
-On the one committed stand-in, for each seed, measured on 1,000 held-out expressions:
-    (a) base      the stand-ins as they come, SAM prompted by the predicted box (the Seg-Zero way)
+On the one committed stand-in, for each seed, measured on 1,000 held-out expressions, greedily and
+sampled:
     (b) stage 1   align.py
     (c) stage 2   train_rl.py from (b)
     (d) control   stage 1 continued for as many picture passes as stage 2 had
     (e) control   stage 2 with all lambdas 0: the segmentation loss (and the KL) alone
-and, for the first seed: stages 1 and 2 with the true box as stage 1's context, to choose the
-default of --context; and (c) and (e) as first tried, with the paper's alpha = 1 and lower rates of
-context module and SAM.
+Each evaluation also puts the box that the answer names into the untouched SAM 2. Stage 1 does not
+change the answers, so that (b)'s boxes are those of the stand-ins as they come: (a).
 
-Each is evaluated greedily and sampled on the same 1,000 rows of val. Writes docs/proof.json (every
-mean, and paired bootstraps over expressions of (c) minus the others), docs/proof.md (the tables)
-and docs/proof_summary.md (the short one).
-A gain is RL's only where (c) beats (b), (d) and (e).
+Writes docs/proof.json (every mean, and paired bootstraps over objects), docs/proof.md (the tables)
+and docs/proof_summary.md (the short one). A gain is RL's only where (c) beats (b), (d) and (e).
 """
 import argparse
 import json
@@ -33,16 +30,23 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/proof"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}         # two runs side by side on two cores
 NO_REWARD = ("--lambda-format", "0", "--lambda-box", "0", "--lambda-mask", "0")
-FIRST_TRY = ("--alpha", "1", "--lr-context", "3e-4", "--lr-sam", "1e-4")
-NAMES = {"base": "(a) stand-ins, SAM prompted by the predicted box",
-         "align": "(b) after stage 1",
-         "rl": "(c) after stage 2",
-         "longer": "(d) stage 1 continued",
-         "no_reward": "(e) stage 2, all lambdas 0",
-         "align_true": "(b) with --context true",
-         "rl_true": "(c) from (b) with --context true",
-         "rl_alpha1": "(c) as first tried, --alpha 1",
-         "no_reward_alpha1": "(e) as first tried, --alpha 1"}
+NAMES = {"align": "(b) after stage 1", "longer": "(d) stage 1 continued",
+         "no_reward": "(e) stage 2, all lambdas 0", "rl": "(c) after stage 2"}
+MODES = ("greedy", "sampled")
+LOOKS = "<think>\nThe"                 # the first words of an answer that looks (docs/world.md)
+SHARED = ("crosses", "nests", "hides")                       # layouts in which things share a place
+# What is compared: (title, variant and column, less variant and column, of which rows)
+GAINS = [(f"(c) - {NAMES[other][:3]}, {title}", ("rl", column), (other, column), "all")
+         for other in ("align", "longer", "no_reward")
+         for title, column in (("box IoU", "box_iou"), ("Acc@0.5", "acc50"),
+                               ("mask IoU", "giou"))]
+GAINS += [("(c) - (e), mask IoU, chains of two", ("rl", "giou"), ("no_reward", "giou"), "chain"),
+          ("(b) - its box into SAM, mask IoU", ("align", "giou"), ("align", "box_giou"), "all"),
+          ("(c) - its box into SAM, mask IoU", ("rl", "giou"), ("rl", "box_giou"), "all"),
+          ("(c) - its box into SAM, mask IoU, things that share a place", ("rl", "giou"),
+           ("rl", "box_giou"), "shared")]
+COLUMNS = {"looks": "looks", "format": "format", "box_iou": "box IoU", "acc50": "Acc@0.5",
+           "giou": "mask IoU", "box_giou": "its box into SAM"}
 
 
 def write_world():
@@ -78,92 +82,131 @@ def train(script, name, seed, *flags):
 def evaluate(name, seed, mode, limit):
     out = RUNS / f"{name}-{seed}.{mode}.jsonl"
     if not out.exists():
-        checkpoint = RUNS / f"{name}-{seed}"
-        source = ["--prompt-with", "box"] if name == "base" else ["--checkpoint", checkpoint]
         sample = ["--sample"] if mode == "sampled" else []
-        call("evaluate.py", "--limit", limit, "--predictions", out, *source, *sample)
+        call("evaluate.py", "--limit", limit, "--predictions", out, "--checkpoint",
+             RUNS / f"{name}-{seed}", *sample)
+
+
+def steps_of(name, seed):
+    """Steps and pictures a step of a finished run."""
+    settings = json.loads((RUNS / f"{name}-{seed}/settings.json").read_text())
+    return settings["steps"], settings["batch"]
+
+
+def share(counts):
+    """(rows, 2) of intersection and union -> IoU of each; 1 where both masks are empty."""
+    I, U = np.array(counts, float).T
+    return np.where(U > 0, I / (U + 1e-5), 1.0)
 
 
 def outcomes(name, seed, mode):
-    """Per row: unified reward at lambdas 1, format, box IoU, mask IoU, is it mostly another place;
-    counts for cIoU."""
+    """Per row of an evaluation: what COLUMNS names, and the row's object, kind and layout."""
     lines = (RUNS / f"{name}-{seed}.{mode}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    I, U = (np.array([row[k] for row in rows], float) for k in ("intersection", "union"))
-    box, form = (np.array([row[k] for row in rows], float) for k in ("box_iou", "format"))
-    mask = np.where(U > 0, I / (U + 1e-5), 1)
-    return {"reward": form + box + mask, "format": form, "box_iou": box, "giou": mask,
-            "missed": mask < 0.2, "I": I, "U": U}
+    box = np.array([row["box_iou"] for row in rows])
+    return {"looks": np.array([float(row["answer"].startswith(LOOKS)) for row in rows]),
+            "format": np.array([float(row["format"]) for row in rows]),
+            "box_iou": box, "acc50": (box > 0.5).astype(float),
+            "giou": share([row["counts"]["context"] for row in rows]),
+            "box_giou": share([row["counts"]["box_prompt"] for row in rows]),
+            "object": [row["key"].rpartition("/")[0] for row in rows],
+            "groups": [(row["kind"], row["layout"]) for row in rows]}
 
 
-def bootstrap(gain, draws=10_000):
-    """Mean gain with its 95 % interval over expressions drawn anew."""
-    picks = np.random.default_rng(0).integers(len(gain), size=(draws, len(gain)))
-    low, high = np.percentile(gain[picks].mean(1), [2.5, 97.5])
-    return [round(float(v), 4) for v in (gain.mean(), low, high)]
+def rows_of(found, group):
+    """Which rows belong to a kind, a layout, "shared" or "all" -> (rows,) bool."""
+    wanted = SHARED if group == "shared" else (group,)
+    return np.array([group == "all" or any(name in groups for name in wanted)
+                     for groups in found["groups"]])
 
 
-GAINS = [("sampled", "reward"), ("greedy", "box_iou"), ("greedy", "giou")]
+def bootstrap(gain, objects, draws=10_000):
+    """Mean gain with its 95 % interval. Objects are drawn anew, not rows: the expressions of one
+    object are not independent."""
+    names, owner = np.unique(objects, return_inverse=True)
+    sums = np.zeros((len(names), 2))
+    np.add.at(sums, owner, np.stack([gain, np.ones(len(gain))], 1))
+    times = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)),
+                                                 draws)
+    total, rows = (times @ sums).T
+    low, high = np.percentile(total / rows, [2.5, 97.5])
+    return [round(float(value), 4) for value in (gain.mean(), low, high)]
 
 
-def summarize(variants, limit):
-    result = {"command": "python tests/proof.py", "rows": limit, "means": {}, "gains": {}}
-    found = {(n, s, m): outcomes(n, s, m) for n, s in variants for m in ("greedy", "sampled")}
-    for (name, seed, mode), o in found.items():
-        means = {key: round(float(o[key].mean()), 4)
-                 for key in ("reward", "format", "box_iou", "giou", "missed")}
-        ciou = round(float(o["I"].sum() / o["U"].sum()), 4)
-        result["means"][f"{name}-{seed} {mode}"] = {**means, "ciou": ciou}
-    for seed in sorted({s for n, s in variants if n == "rl"}):
-        for other in ("align", "longer", "no_reward"):
-            for mode, key in GAINS:
-                gain = found["rl", seed, mode][key] - found[other, seed, mode][key]
-                result["gains"][f"seed {seed}: rl - {other}, {mode} {key}"] = bootstrap(gain)
+def summarize(seeds, limit):
+    found = {(name, seed, mode): outcomes(name, seed, mode)
+             for name in NAMES for seed in seeds for mode in MODES}
+    result = {"command": "python tests/proof.py", "rows": limit, "seeds": seeds, "means": {},
+              "parts": {}, "gains": {}}
+    for (name, seed, mode), rows in found.items():
+        means = {column: round(float(rows[column].mean()), 4) for column in COLUMNS}
+        result["means"][f"{name}-{seed} {mode}"] = means
+    some = found["rl", seeds[0], "greedy"]
+    for group in sorted({group for groups in some["groups"] for group in groups}):
+        kept = rows_of(some, group)
+        part = {"n": int(kept.sum())}
+        for name in ("align", "no_reward", "rl"):
+            part[name] = {column: round(float(np.mean([found[name, seed, "greedy"][column][kept]
+                                                       for seed in seeds])), 4)
+                          for column in ("acc50", "giou", "box_giou")}
+        result["parts"][group] = part
+    for title, (name, column), (other, less), group in GAINS:
+        result["gains"][title] = {}
+        for seed in seeds:
+            rows, against = found[name, seed, "greedy"], found[other, seed, "greedy"]
+            kept = rows_of(rows, group)
+            gain = (rows[column] - against[less])[kept]
+            objects = np.array(rows["object"])[kept]
+            result["gains"][title][str(seed)] = bootstrap(gain, objects)
     return result
 
 
-def means_of(result, name, mode):
-    """The means of a variant, one per seed. Their keys are "NAME-SEED MODE"."""
-    return [means for key, means in result["means"].items()
-            if key.rsplit("-", 1)[0] == name and key.split(" ")[1] == mode]
+def cell(values):
+    """The mean over seeds and, in brackets, their range."""
+    spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def table(result):
-    """Markdown: means over seeds (with the range) per variant, then the gains per seed."""
-    lines = ["| | mode | reward | format | box IoU | gIoU | cIoU | mask IoU < 0.2 |",
-             "|---|---|---|---|---|---|---|---|"]
+    """Markdown: means per variant, then per kind and layout, then the gains per seed."""
+    seeds = result["seeds"]
+    lines = ["| | answers | " + " | ".join(COLUMNS.values()) + " |",
+             "|" + "---|" * (len(COLUMNS) + 2)]
     for name, title in NAMES.items():
-        for mode in ("greedy", "sampled"):
-            rows = means_of(result, name, mode)
-            if rows:
-                cells = []
-                for key in ("reward", "format", "box_iou", "giou", "ciou", "missed"):
-                    values = [row[key] for row in rows]
-                    spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
-                    cells.append(f"{np.mean(values):.3f}{spread}")
-                lines.append(f"| {title} | {mode} | " + " | ".join(cells) + " |")
-    lines += ["", "| paired gain of (c), 95 % interval | sampled reward | greedy box IoU | "
-                  "greedy mask IoU |", "|---|---|---|---|"]
-    for start in sorted({key.split(",")[0] for key in result["gains"]}):
-        gains = [result["gains"][f"{start}, {mode} {key}"] for mode, key in GAINS]
-        cells = [f"{gain:+.3f} ({low:+.3f}, {high:+.3f})" for gain, low, high in gains]
-        lines.append(f"| {start} | " + " | ".join(cells) + " |")
+        for mode in MODES:
+            rows = [result["means"][f"{name}-{seed} {mode}"] for seed in seeds]
+            cells = [cell([row[column] for row in rows]) for column in COLUMNS]
+            lines.append(f"| {title} | {mode} | " + " | ".join(cells) + " |")
+    lines += ["", "Greedy, by kind of expression and by layout of the object; means over seeds:", "",
+              "| | rows | (b) Acc@0.5 | (c) Acc@0.5 | (b) mask | (e) mask | (c) mask "
+              "| (b) box into SAM | (c) box into SAM |", "|" + "---|" * 9]
+    for group, part in result["parts"].items():
+        cells = [part[name][column] for name, column in
+                 (("align", "acc50"), ("rl", "acc50"), ("align", "giou"), ("no_reward", "giou"),
+                  ("rl", "giou"), ("align", "box_giou"), ("rl", "box_giou"))]
+        cells = [f"{value:.3f}" for value in cells]
+        lines.append(f"| {group} | {part['n']} | " + " | ".join(cells) + " |")
+    lines += ["", "Gains of the same rows, greedy, with 95 % intervals over objects drawn anew:", "",
+              "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+              "|" + "---|" * (len(seeds) + 1)]
+    for title, gains in result["gains"].items():
+        cells = ["{:+.3f} ({:+.3f}, {:+.3f})".format(*gains[str(seed)]) for seed in seeds]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def summary(result):
     """The short table: what the reader wants first."""
-    lines = ["| | reward, sampled | format, sampled | box IoU, greedy | mask IoU, greedy |",
-             "|---|---|---|---|---|"]
-    columns = [("sampled", "reward"), ("sampled", "format"), ("greedy", "box_iou"),
-               ("greedy", "giou")]
-    for name in ("base", "align", "longer", "no_reward", "rl"):
-        cells = []
-        for mode, key in columns:
-            values = [means[key] for means in means_of(result, name, mode)]
-            spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}")
-        lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+    def mean(name, column):
+        rows = [result["means"][f"{name}-{seed} greedy"] for seed in result["seeds"]]
+        return cell([row[column] for row in rows])
+    columns = ["looks", "box_iou", "acc50"]
+    lines = ["| greedy answers | looks | box IoU | Acc@0.5 | mask IoU |", "|---|---|---|---|---|"]
+    for title, name, mask in (("(a) stand-ins, the box into SAM", "align", "box_giou"),
+                              *((title, name, "giou") for name, title in NAMES.items()),
+                              ("(c)'s box into SAM", "rl", "box_giou")):
+        cells = [mean(name, column) for column in (*columns, mask)]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -173,34 +216,26 @@ def main():
     parser.add_argument("--limit", type=int, default=1000, help="rows of val")
     args = parser.parse_args()
     write_world()
-    first, pool = args.seeds[0], ThreadPoolExecutor(2)
+    pool = ThreadPoolExecutor(2)
 
     def wait(jobs):
         for job in [pool.submit(*job) for job in jobs]:
             job.result()
 
-    def start(name, seed):
-        return "--init", RUNS / f"{name}-{seed}"
-    wait([(evaluate, "base", 0, mode, args.limit) for mode in ("greedy", "sampled")])
-    wait([*((train, "align.py", "align", s) for s in args.seeds),
-          (train, "align.py", "align_true", first, "--context", "true")])
-    # stage 2: 250 steps of 16 pictures; stage 1 passes 32 pictures a step
-    jobs = []
-    for s in args.seeds:
-        jobs += [(train, "train_rl.py", "rl", s, *start("align", s)),
-                 (train, "train_rl.py", "no_reward", s, *start("align", s), *NO_REWARD),
-                 (train, "align.py", "longer", s, *start("align", s), "--steps", 250 * 16 // 32)]
-    wait([*jobs,
-          (train, "train_rl.py", "rl_true", first, *start("align_true", first)),
-          (train, "train_rl.py", "rl_alpha1", first, *start("align", first), *FIRST_TRY),
-          (train, "train_rl.py", "no_reward_alpha1", first, *start("align", first), *FIRST_TRY,
-           *NO_REWARD)])
-    variants = [(n, s) for s in args.seeds for n in ("align", "rl", "longer", "no_reward")]
-    once = ("align_true", "rl_true", "rl_alpha1", "no_reward_alpha1")
-    variants += [("base", 0), *((name, first) for name in once)]
-    wait([(evaluate, n, s, mode, args.limit) for n, s in variants
-          for mode in ("greedy", "sampled")])
-    result = summarize(variants, args.limit)
+    def start(seed):
+        return "--init", RUNS / f"align-{seed}"
+    wait([(train, "align.py", "align", seed) for seed in args.seeds])
+    wait([job for seed in args.seeds for job in
+          ((train, "train_rl.py", "rl", seed, *start(seed)),
+           (train, "train_rl.py", "no_reward", seed, *start(seed), *NO_REWARD))])
+    # as many passes over pictures as stage 2 had
+    steps, batch = steps_of("rl", args.seeds[0])
+    _, align_batch = steps_of("align", args.seeds[0])
+    wait([(train, "align.py", "longer", seed, *start(seed), "--steps", steps * batch // align_batch)
+          for seed in args.seeds])
+    wait([(evaluate, name, seed, mode, args.limit)
+          for seed in args.seeds for name in NAMES for mode in MODES])
+    result = summarize(args.seeds, args.limit)
     (ROOT / "docs/proof.json").write_text(json.dumps(result, indent=1))
     (ROOT / "docs/proof.md").write_text(table(result))
     (ROOT / "docs/proof_summary.md").write_text(summary(result))

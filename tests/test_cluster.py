@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (END, ENVIRONMENT, ROOT, TORCHRUN, VOCABULARY, random_batch, random_sam, rows,
-                      script)
+from conftest import (END, ENVIRONMENT, ROOT, SAM_SIDE, TORCHRUN, VOCABULARY, random_batch,
+                      random_sam, rows, script)
 from PIL import Image
 from test_model import random_family
 from test_train import contents, inside, kill_after          # noqa: F401
@@ -399,7 +399,8 @@ def four_groups(lens, args):
     batch, g = random_batch(grids, texts), torch.Generator().manual_seed(9)
     batch["masks"] = [torch.rand(40, 50, generator=g) > 0.6 for _ in grids]
     batch["ignores"] = [torch.zeros(40, 50) > 0 for _ in grids]
-    batch["low_masks"], batch["low_weights"] = torch.rand(2, 4, 32, 32, generator=g)
+    batch["low_masks"], batch["low_weights"] = torch.rand(2, 4, SAM_SIDE // 4, SAM_SIDE // 4,
+                                                          generator=g)
     batch["boxes"], batch["frames"] = [(10, 10, 30, 30)] * 4, [(128, 128)] * 4
     samples = sample(lens, batch, 3, 9, END, some_uniforms(12, 9))
     texts = [["none", f'[{{"bbox_2d": [{20 + 9 * b}, 20, 80, 100]}}]', "[]"] for b in range(4)]

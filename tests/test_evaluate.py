@@ -3,11 +3,13 @@ kill in the middle; every dataset at once; tables, one picture, curves; the gall
 kept. evaluate.py runs in this process or in forks of it: an import takes seconds."""
 import base64
 import contextlib
+import functools
 import gc
 import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, SAM_SIDE
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -274,22 +276,32 @@ def whole(world, checkpoint, tmp_path_factory):
                            result=numbers(folder / "a.json"), rows=lines(folder / "a.jsonl"))
 
 
-def test_numbers_equal_an_independent_computation(whole, world):
-    """Masks from the predictions file, truth from the annotation file, IoUs by pycocotools."""
-    annotations = json.loads((world / "refer_seg/shapes/instances.json").read_text())["annotations"]
-    truth = {a["id"]: a for a in annotations}
-    masks, true, boxes = [decode(p) for p in whole.rows], [], []
-    for p in whole.rows:
+def annotations_of(world):
+    text = (world / "refer_seg/shapes/instances.json").read_text()
+    return {annotation["id"]: annotation for annotation in json.loads(text)["annotations"]}
+
+
+def recomputed(rows, world):
+    """Masks from the predictions file, truth from the annotation file, IoUs by pycocotools. ->
+    gIoU, cIoU, IoUs of the boxes"""
+    truth = annotations_of(world)
+    masks, true, boxes = [decode(p) for p in rows], [], []
+    for p in rows:
         annotation = truth[int(p["key"].split("/")[1])]
         true.append(coco_mask.decode(annotation["segmentation"]))
         b = p["box"]
         proper = b and b[2] > b[0] and b[3] > b[1]
         ours = [b[0], b[1], b[2] - b[0], b[3] - b[1]] if proper else [0, 0, 0, 0]
         boxes.append(coco_mask.iou([ours], [annotation["bbox"]], [0])[0, 0])
-    assert list(whole.result) == ["val"] and len(masks) > 12
-    result, (giou, ciou) = whole.result["val"], lisa(masks, true)
+    return *lisa(masks, true), boxes
+
+
+def test_numbers_equal_an_independent_computation(whole, world):
+    giou, ciou, boxes = recomputed(whole.rows, world)
+    result = whole.result["val"]
+    assert len(whole.rows) > 12
     assert {"giou", "ciou", "box_iou", "acc50", "format", "n"} <= set(result)
-    assert result["n"] == len(masks)
+    assert result["n"] == len(whole.rows)
     assert result["giou"] == pytest.approx(giou, abs=1e-6)
     assert result["ciou"] == pytest.approx(ciou, abs=1e-6)
     assert result["box_iou"] == pytest.approx(np.mean(boxes), abs=1e-6)
@@ -298,20 +310,75 @@ def test_numbers_equal_an_independent_computation(whole, world):
     assert "subset" not in result and "subset" not in whole.printed
 
 
+def test_a_row_per_kind_and_layout(whole, world):
+    """Behind the split's own, kinds before layouts, each over its own rows alone."""
+    refs = pickle.loads((world / "refer_seg/shapes/refs(unc).p").read_bytes())
+    kinds = {f"shapes/{ref['ref_id']}/{i}": sentence["kind"]
+             for ref in refs for i, sentence in enumerate(ref["sentences"])}
+    truth, groups = annotations_of(world), {}
+    for sort, name_of in (("kind", lambda key: kinds[key]),
+                          ("layout", lambda key: truth[int(key.split("/")[1])]["layout"])):
+        assert [p[sort] for p in whole.rows] == [name_of(p["key"]) for p in whole.rows]
+        for name in sorted({name_of(p["key"]) for p in whole.rows}):
+            groups[f"val: {name}"] = [p for p in whole.rows if name_of(p["key"]) == name]
+    assert list(whole.result) == ["val", *groups] and len(groups) > 5
+    objects = {}
+    for p in whole.rows:
+        objects.setdefault(p["key"].rpartition("/")[0], set()).add(p["kind"])
+    assert max(map(len, objects.values())) > 1             # kinds are of the row, not of the object
+    for name, rows in groups.items():
+        giou, ciou, boxes = recomputed(rows, world)
+        found = whole.result[name]
+        assert [found["giou"], found["ciou"]] == pytest.approx([giou, ciou], abs=1e-6)
+        assert found["box_iou"] == pytest.approx(np.mean(boxes), abs=1e-6)
+        assert found["n"] == len(rows) < len(whole.rows)
+        assert f"| {name} " in whole.printed and "subset" not in found
+
+
+def test_groups_by_hand():
+    """A class as GroundingSuite's comes first; what has no group counts in the split alone."""
+    groups = {"class": None, "kind": None, "layout": None, "counts": {}}
+    rows = [record(30, 60, **{**groups, "class": "stuff"}),
+            record(10, 40, **{**groups, "kind": "size", "layout": "nests"}),
+            record(10, 10, **{**groups, "kind": "chain", "layout": "nests"}),
+            record(0, 10, **groups)]
+    split = evaluate.Split("val", "mine", "val", data.EvaluationRows(rows=rows))
+    found = evaluate.summarize_split(split, rows)
+    assert {name: (summary["n"], summary["ciou"]) for name, summary in found.items()} == {
+        "val": (4, 50 / 120), "val: stuff": (1, 0.5), "val: chain": (1, 1.0),
+        "val: size": (1, 0.25), "val: nests": (2, 0.4)}
+    assert list(found) == ["val", "val: stuff", "val: chain", "val: size", "val: nests"]
+
+
+@functools.cache
+def frame_of(size):
+    """Of the MLLM for a picture of (width, height), by its own processor."""
+    from transformers import AutoProcessor
+    images = AutoProcessor.from_pretrained(ROOT / "tests/tiny/mllm").image_processor
+    _, height, width = images(Image.new("RGB", size))["image_grid_thw"][0].tolist()
+    return 8 * width, 8 * height
+
+
 def test_a_line_per_row(whole, world):
-    """In the order of the split; the box is the answer's (the MLLM's frame is these pictures'
-    own)."""
+    """In the order of the split; the box is the answer's, moved from the MLLM's frame into the
+    picture's."""
     records = data.read_records(world, ["shapes"], ["val"])
     expected = [(f"{r['id']}/{i}", text) for r in records for i, text in enumerate(r["texts"])]
     assert [(p["key"], p["text"]) for p in whole.rows] == expected
     assert [p["place"] for p in whole.rows] == list(range(len(expected)))
     assert {p["set"] for p in whole.rows} == {"val"}
+    truth = annotations_of(world)
     for p in whole.rows:
+        height, width = truth[int(p["key"].split("/")[1])]["segmentation"]["size"]
         box = rewards.parse_box(p["answer"])
-        assert p["box"] == (box and list(box))
+        if box:
+            across, down = frame_of((width, height))
+            box = [value * side / of for value, side, of in
+                   zip(box, (width, height) * 2, (across, down) * 2)]
+        assert p["box"] == (box and pytest.approx(box))
         assert p["format"] == rewards.format_reward(p["answer"])
         assert p["counts"]["context"] == [p["intersection"], p["union"]]
-        assert p["mask"]["size"] == [128, 128]
+        assert p["mask"]["size"] == [height, width]
     assert len({p["mask"]["counts"] for p in whole.rows}) > 5
 
 
@@ -336,12 +403,12 @@ def test_an_answer_that_was_cut_has_no_format(whole, tmp_path):
     """All of its text is there, but not the end token."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/tiny/mllm")
-    tokens = tokenizer(whole.rows[0]["answer"])["input_ids"]
-    call(*whole.flags, "--max-completion", len(tokens), "--limit", 1, "--predictions",
-         tmp_path / "a.jsonl")
-    cut, = lines(tmp_path / "a.jsonl")
-    assert cut["answer"] == whole.rows[0]["answer"] and cut["box"] == whole.rows[0]["box"]
-    assert cut["format"] == 0 < whole.rows[0]["format"]
+    place = [p["format"] for p in whole.rows].index(1.0)
+    tokens = tokenizer(whole.rows[place]["answer"])["input_ids"]
+    call(*whole.flags, "--max-completion", len(tokens), "--predictions", tmp_path / "a.jsonl")
+    cut = lines(tmp_path / "a.jsonl")[place]
+    assert cut["answer"] == whole.rows[place]["answer"] and cut["box"] == whole.rows[place]["box"]
+    assert cut["format"] == 0
 
 
 def test_the_batch_size_does_not_change_the_numbers(whole, tmp_path):
@@ -355,7 +422,7 @@ def test_the_batch_size_does_not_change_the_numbers(whole, tmp_path):
             assert abs(found[name] - whole.result["val"][name]) < 1e-3, name
         for p, before in zip(rows, whole.rows, strict=True):
             assert all(p[name] == before[name] for name in ("key", "answer", "box"))
-            assert (decode(p) ^ decode(before)).sum() <= 2                   # pixels of 16384
+            assert (decode(p) ^ decode(before)).mean() <= 2 / 16384           # of its pixels
 
 
 class Decoded:
@@ -465,7 +532,7 @@ def test_another_split_is_added(whole, tmp_path, decoded):
     assert rows[:len(whole.rows)] == whole.rows
     assert {p["set"] for p in rows[len(whole.rows):]} == {"testA"}
     assert decoded.keys == [p["key"] for p in rows[len(whole.rows):]]
-    assert list(found) == ["val", "testA"]
+    assert [name for name in found if ":" not in name] == ["val", "testA"]
     assert found["val"] == whole.result["val"] and found["testA"]["n"] == len(decoded.keys)
     # val is not asked for, and stays
     call(*whole.flags, "--splits", "testA", "--predictions", path)
@@ -561,10 +628,11 @@ def write_everything(root):
     rng, truth = shapes_world.random.Random(1), {}
 
     def scene(path, height=128, width=128):
-        picture, things = shapes_world.draw_scene(rng)
+        picture, things, _ = shapes_world.make_scene(rng)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture[:height, :width]).save(path, quality=95)
-        return things[0]["mask"][:height, :width]
+        Image.fromarray(picture).resize((width, height)).save(path, quality=95)
+        mask = Image.fromarray(things[0]["mask"].astype(np.uint8))
+        return np.asarray(mask.resize((width, height), Image.NEAREST)) > 0
 
     none = np.zeros((128, 128), bool)
     for split, count in ("train", 1), ("val", 3), ("test", 4):
@@ -624,9 +692,18 @@ SETS = ["refcoco val", "refcoco testA", "refcoco testB", "reasonseg val", "reaso
 
 
 def test_all_splits_of_all_datasets(everything):
-    """A name for each, GroundingSuite by class as well, and none of the training splits."""
+    """A name for each, GroundingSuite by class as well, the world by kind and layout, and none of
+    the training splits."""
     groups = [f"groundingsuite eval: {group}" for group in ("multi", "part", "single", "stuff")]
-    assert list(everything.result) == [*SETS[:6], *groups, *SETS[6:]]
+    names = [name for name in everything.result if not name.startswith(("refcoco", "shapes"))]
+    assert names == [*SETS[3:6], *groups, "mine val"]
+    assert [name for name in everything.result if ":" not in name] == SETS
+    for name in SETS:
+        sorts = {sort: [p[sort] for p in everything.rows if p["set"] == name]
+                 for sort in ("class", "kind", "layout")}
+        sorts = [sorted(set(values) - {None}) for values in sorts.values()]
+        assert [other.partition(": ")[2] for other in everything.result
+                if other.startswith(f"{name}: ")] == sum(sorts, [])
     n = {name: result["n"] for name, result in everything.result.items()}
     assert [n[name] for name in (*SETS[3:6], *groups, "mine val")] == [3, 4, 6, 1, 1, 2, 2, 4]
     assert {p["set"] for p in everything.rows} == set(SETS)
@@ -672,15 +749,13 @@ def test_each_set_equals_an_independent_computation(everything, name):
 def test_boxes_are_in_the_pictures_frame(everything):
     """One's own pictures have 120 x 100 pixels, and the MLLM speaks of 128 x 96 of them, or
     whatever its processor says."""
-    from transformers import AutoProcessor
-    images = AutoProcessor.from_pretrained(ROOT / "tests/tiny/mllm").image_processor
-    _, height, width = images(Image.new("RGB", (120, 100)))["image_grid_thw"][0].tolist()
+    width, height = frame_of((120, 100))
     rows = [p for p in everything.rows if p["set"] == "mine val" and p["box"]]
-    assert rows and (8 * width, 8 * height) != (120, 100)
+    assert rows and (width, height) != (120, 100)
     for p in rows:
         x1, y1, x2, y2 = rewards.parse_box(p["answer"])
         assert p["mask"]["size"] == [100, 120]
-        mine = [x1 * 15 / width, y1 * 12.5 / height, x2 * 15 / width, y2 * 12.5 / height]
+        mine = [x1 * 120 / width, y1 * 100 / height, x2 * 120 / width, y2 * 100 / height]
         assert p["box"] == pytest.approx(mine)
 
 
@@ -708,7 +783,7 @@ def test_published_numbers_stand_beside_whole_splits_alone(everything, checkpoin
          "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md")
     found, text = numbers(tmp_path / "a.json"), (tmp_path / "a.md").read_text()
     assert "paper" not in text and "Table" not in text and "subset, n = 2 of 6" in text
-    groups = [name for name in found if ":" in name]
+    groups = [name for name in found if name.startswith("groundingsuite eval:")]
     # of a class's rows too
     assert groups and all("(subset, n = 2 of 6)" in found[name]["subset"] for name in groups)
     assert all("subset" in result for result in found.values())
@@ -1000,7 +1075,7 @@ def test_names_of_the_sets(everything, world):
 def test_one_picture(world, checkpoint, tmp_path, monkeypatch):
     """Not the models' size, nor square; drawn at three times the size. What is printed is what is
     drawn. The context queries' mask lies anywhere, the box's in the box, which SAM was given in its
-    own frame of 128 x 128."""
+    own square frame."""
     prompted, make = [], evaluate.SamHead.box_prompts
     monkeypatch.setattr(evaluate.SamHead, "box_prompts",
                         lambda head, boxes: prompted.append(boxes) or make(head, boxes))
@@ -1021,7 +1096,7 @@ def test_one_picture(world, checkpoint, tmp_path, monkeypatch):
         assert said > 0 and said - line.sum() <= tinted.sum() <= said  # the line hides some of it
         y, x = line.nonzero()
         assert abs(np.array([x.min(), y.min(), x.max(), y.max()]) - box).max() <= 3
-        in_sam_frame = box / 3 * np.array([128 / 150, 128 / 120] * 2)
+        in_sam_frame = box / 3 * np.array([SAM_SIDE / 150, SAM_SIDE / 120] * 2)
         assert prompted[-1].tolist() == [pytest.approx(in_sam_frame, abs=0.1)]
         x1, y1, x2, y2 = box.astype(int)
         assert (tinted[y1:y2, x1:x2].sum() > 0.9 * tinted.sum()) == inside

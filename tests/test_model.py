@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import END, IMAGE, ROOT, VOCABULARY, random_batch, random_completions, random_sam
+from conftest import (END, IMAGE, ROOT, SAM_SIDE, VOCABULARY, random_batch, random_completions,
+                      random_sam)
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
@@ -437,7 +438,7 @@ def test_sam_head_equals_sams_own_predictor_path(lens):
     box prompt."""
     sam = random_sam().eval()
     head = model.SamHead(copy.deepcopy(sam)).eval()
-    pixels, box = torch.randn(1, 3, 128, 128), torch.tensor([[20., 30., 90., 100.]])
+    pixels, box = torch.randn(1, 3, SAM_SIDE, SAM_SIDE), torch.tensor([[20., 30., 90., 100.]])
     with torch.no_grad():
         ours = head(sam.image_encoder(pixels)["backbone_fpn"], head.box_prompts(box)[None])
         maps = sam.forward_image(pixels)["backbone_fpn"]
@@ -506,7 +507,8 @@ def test_multimask_is_sams_own_post_processing():
     """Prompts whose mask is stable keep it, others get another; in training, and by default, nobody
     does."""
     g, mllm = torch.Generator().manual_seed(0), random_family("qwen2_5_vl")
-    pixels, prompts = torch.randn(1, 3, 128, 128, generator=g), torch.randn(40, 2, 64, generator=g)
+    pixels = torch.randn(1, 3, SAM_SIDE, SAM_SIDE, generator=g)
+    prompts = torch.randn(40, 2, 64, generator=g)
     sam = random_sam()
     with torch.no_grad():
         # large logits are stable ones

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import END, IMAGE, TORCHRUN, random_batch, random_sam, run, stored_samples
+from conftest import END, IMAGE, SAM_SIDE, TORCHRUN, random_batch, random_sam, run, stored_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -218,7 +218,7 @@ def add_truth(batch, n):
     batch["masks"] = [torch.rand(40, 50) > 0.6 for _ in range(n)]
     batch["ignores"] = [torch.rand(40, 50) > 0.9 for _ in range(n)]
     batch["boxes"], batch["frames"] = [(10, 10, 30, 30)] * n, [(128, 128)] * n
-    batch["low_masks"], batch["low_weights"] = torch.rand(2, n, 32, 32)
+    batch["low_masks"], batch["low_weights"] = torch.rand(2, n, SAM_SIDE // 4, SAM_SIDE // 4)
 
 
 def step(lens, batch, completions, args, precision, world, mesh):

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import END, IMAGE, ROOT, random_batch, random_completions, random_sam, run
+from conftest import (END, IMAGE, ROOT, SAM_SIDE, random_batch, random_completions, random_sam,
+                      run)
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from test_model import decode, sam_with_post_processing
@@ -31,9 +32,9 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "processor_config.json",
 
 def write_released(folder, family="qwen2_5_vl", tied=True, told_by="architectures", files=1,
                    connector=True, change=None):
-    """A random LENS, M = 6, hidden size 64, picture side 128. `told_by`: what says that it is a
-    Qwen2.5-VL; `change`(tensors) damages it. -> the MLLM, SAM 2's state and the tensors that went
-    into the file"""
+    """A random LENS, M = 6, hidden size 64, a SAM like the stand-in. `told_by`: what says that it
+    is a Qwen2.5-VL; `change`(tensors) damages it. -> the MLLM, SAM 2's state and the tensors that
+    went into the file"""
     config, text, vision = released_config(family, tied, told_by, connector)
     torch.manual_seed(0)
     mllm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(
@@ -225,7 +226,7 @@ def test_from_the_command_line_to_a_mask(world, tmp_path):
         batch = {"ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"],
                  "grid_thw": inputs["image_grid_thw"]}
         prompt = released_prompt(mllm, tensors, batch, completion)
-        logits = decode(theirs, data.sam_picture(item["image"], 128)[None], prompt)
+        logits = decode(theirs, data.sam_picture(item["image"], SAM_SIDE)[None], prompt)
         expected = F.interpolate(logits[None], item["mask"].shape, mode="bilinear")[0, 0] > 0
         found = torch.from_numpy(coco_mask.decode(row["mask"])).bool()
         assert (found == expected).float().mean() > 0.999

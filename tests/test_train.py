@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from conftest import (ENVIRONMENT, IMAGE, ROOT, TORCHRUN, VOCABULARY, rows, run, script,
-                      stored_samples)
+from conftest import (ENVIRONMENT, IMAGE, ROOT, SAM_SIDE, TORCHRUN, VOCABULARY, rows, run,
+                      script, stored_samples)
 from safetensors.torch import load_file
 from test_model import lens_of, random_family, whole_pass
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -519,7 +519,9 @@ def test_what_is_ignored_counts_nowhere(one_process):
             ignored = torch.arange(40)[:, None].expand(40, 50) < 20
             batch["ignores"][b] = ignored
             batch["masks"][b] ^= torch.where(ignored, bool(above), bool(below))
-        batch["low_weights"] = (torch.arange(32)[:, None].expand(4, 32, 32) >= 16).float()
+        side = SAM_SIDE // 4
+        counted = torch.arange(side)[:, None] >= side // 2
+        batch["low_weights"] = counted.expand(4, side, side).float()
         low = batch["low_masks"]
         batch["low_masks"] = torch.where(batch["low_weights"] == 0, (low + above) % 1.5,
                                          (low + below) % 1.5)

@@ -16,7 +16,7 @@ import os
 import sys
 from types import SimpleNamespace
 
-from conftest import (END, VOCABULARY, random_batch, random_completions, random_mllm,
+from conftest import (END, SAM_SIDE, VOCABULARY, random_batch, random_completions, random_mllm,
                       random_sam,
                       stored_samples)
 
@@ -39,7 +39,8 @@ def whole_batch():
     batch, g = random_batch(GRIDS, TEXTS), torch.Generator().manual_seed(9)
     batch["masks"] = [torch.rand(40, 50, generator=g) > 0.6 for _ in GRIDS]
     batch["ignores"] = [torch.rand(40, 50, generator=g) > 0.9 for _ in GRIDS]
-    batch["low_masks"], batch["low_weights"] = torch.rand(2, 4, 32, 32, generator=g)
+    batch["low_masks"], batch["low_weights"] = torch.rand(2, 4, SAM_SIDE // 4, SAM_SIDE // 4,
+                                                          generator=g)
     batch["boxes"], batch["frames"] = [(10, 10, 30, 30)] * 4, [(128, 128)] * 4
     box = '<think>\na\n</think>\n<answer>\n[{"bbox_2d": [%d, 20, 80, 100]}]\n</answer>'
     texts = [["no answer", box % (10 + b), box % (20 + b)] for b in range(4)]
