@@ -158,8 +158,8 @@ class AlignArgs(TrainArgs):
 
 
 MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}, "3b": {"mllm": SharedArgs.mllm}}
-TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", num_queries=8, connector_heads=4,
-            data="runs/shapes", datasets=["shapes"], max_completion=64, precision="fp32", workers=0)
+TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", data="runs/shapes", datasets=["shapes"],
+            num_queries=8, connector_heads=4, max_completion=104, precision="fp32", workers=0)
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125,
                         lr=2e-3, warmup=10, save_every=50)}
 PROFILES = {"paper": {}, "released": dict(

@@ -126,8 +126,8 @@ def bootstrap(gain, objects, draws=10_000):
     names, owner = np.unique(objects, return_inverse=True)
     sums = np.zeros((len(names), 2))
     np.add.at(sums, owner, np.stack([gain, np.ones(len(gain))], 1))
-    times = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)),
-                                                 draws)
+    chances = np.full(len(names), 1 / len(names))
+    times = np.random.default_rng(0).multinomial(len(names), chances, draws)
     total, rows = (times @ sums).T
     low, high = np.percentile(total / rows, [2.5, 97.5])
     return [round(float(value), 4) for value in (gain.mean(), low, high)]

@@ -1,7 +1,9 @@
 """The arithmetic of the scripts that are run by hand, on cases worked out here."""
+import json
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import END, ROOT, SAM_SIDE, random_batch, random_sam, run
@@ -13,10 +15,13 @@ import align
 import attention
 import benchmark
 import build
+import drawn
 import evaluate
+import habit
 import misguided
 import model
 import picture
+import proof
 import scale
 import train_rl
 from align import SharedArgs, parse_settings
@@ -176,7 +181,7 @@ def test_the_stand_ins_can_be_built_again(tmp_path):
     committed = ROOT / "tests/tiny/mllm/model.safetensors"
     before = committed.stat().st_mtime_ns
     done = run(sys.executable, "tests/tiny/build.py", "all", "--output", tmp_path, "--scenes", 40,
-               "--held-out", 4, "--steps", 3, "--batch", 4)
+               "--held-out", 20, "--steps", 3, "--batch", 4, "--see-first", 1, "--read-until", 2)
     assert "mllm: reloaded, the same answer" in done.stdout
     assert "sam: reloaded, the same masks" in done.stdout
     assert committed.stat().st_mtime_ns == before
@@ -186,3 +191,61 @@ def test_the_stand_ins_can_be_built_again(tmp_path):
     assert mllm.config.model_type == "qwen2_5_vl"
     assert model.load_sam(str(tmp_path / "sam")).image_size == build.SIDE
 
+
+
+def test_the_share_that_looks():
+    answers = [["<think>\nThe circles are at", "<think>\nIt is the"], ["<think>\nIt", "The"]]
+    assert habit.share_of_looks(answers) == 0.25
+    assert habit.mean_share([(0.5, 2), (1.0, 6)]) == 0.875 and habit.mean_share([]) is None
+
+
+def test_the_drawn_pictures(tmp_path):
+    """Each has its question's answer under the mask, in one colour, and its box around it."""
+    drawn.write_pictures(tmp_path)
+    records = read_records(tmp_path, ["drawn"], ["val"])
+    assert len(records) == 10
+    for record, (size, ground, text, answer, things) in zip(records, drawn.PICTURES):
+        item = load_item(record, 0)
+        pixels = np.asarray(item["image"])[item["mask"]]
+        assert item["text"] == text and item["image"].size == size
+        assert (pixels == things[answer][1]).all() and things[answer][1] != ground
+        rows, columns = np.where(item["mask"])
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert tuple(item["box"]) == box
+
+
+def proof_row(key, answer, box, context, box_prompt, kind, layout):
+    return json.dumps({"key": key, "answer": answer, "format": 1.0, "box_iou": box, "kind": kind,
+                       "layout": layout,
+                       "counts": {"context": context, "box_prompt": box_prompt}})
+
+
+def test_the_proofs_numbers(tmp_path, monkeypatch):
+    """Two objects with two and one expressions, one seed. (c) - (b) in mask IoU: the rows gain 0.5,
+    0.25 and 0; drawn anew by object, the mean is that of 0.5 and 0.25, of 0, or of all three."""
+    monkeypatch.setattr(proof, "RUNS", tmp_path)
+    look, glance = "<think>\nThe circles", "<think>\nIt is"
+    better = [proof_row("a/1/0", look, 0.8, [3, 4], [1, 4], "chain", "crosses"),
+              proof_row("a/1/1", look, 0.6, [1, 2], [1, 2], "size", "crosses"),
+              proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")]
+    worse = [proof_row("a/1/0", glance, 0.4, [1, 4], [1, 4], "chain", "crosses"),
+             proof_row("a/1/1", glance, 0.6, [1, 4], [1, 4], "size", "crosses"),
+             proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")]
+    for name in proof.NAMES:
+        for mode in proof.MODES:
+            rows = better if name == "rl" else worse
+            (tmp_path / f"{name}-1.{mode}.jsonl").write_text("\n".join(rows) + "\n")
+    found = proof.summarize([1], 3)
+    means = found["means"]["rl-1 greedy"]
+    assert means["looks"] == pytest.approx(2 / 3, abs=1e-3)
+    assert means["acc50"] == pytest.approx(2 / 3, abs=1e-3)
+    assert means["giou"] == pytest.approx((0.75 + 0.5 + 1) / 3, abs=1e-3)
+    mean, low, high = found["gains"]["(c) - (b), mask IoU"]["1"]
+    assert (mean, low, high) == pytest.approx((0.25, 0.0, 0.375), abs=1e-3)
+    chains = found["gains"]["(c) - (e), mask IoU, chains of two"]["1"]
+    assert chains[0] == pytest.approx(0.5, abs=1e-3)
+    shared = "(c) - its box into SAM, mask IoU, things that share a place"
+    assert found["gains"][shared]["1"][0] == pytest.approx(0.25, abs=1e-3)
+    assert found["parts"]["crosses"]["n"] == 2 and found["parts"]["crosses"]["rl"]["acc50"] == 1.0
+    assert "| (c) after stage 2 | 0.667 | 0.533 | 0.667 | 0.750 |" in proof.summary(found)
+    assert "| chain | 1 |" in proof.table(found)

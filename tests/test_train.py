@@ -315,7 +315,7 @@ def test_exported_mllm_is_one_for_transformers(trained_by_two, world, inside, tm
                                              add_generation_prompt=True)
         inputs = processor(text=[text], images=[item["image"]], return_tensors="pt",
                            return_mm_token_type_ids=True)
-        out = mllm.generate(**inputs, do_sample=False, max_new_tokens=64)
+        out = mllm.generate(**inputs, do_sample=False, max_new_tokens=align.TINY["max_completion"])
         out = out[0, inputs["input_ids"].shape[1]:]
         assert row["answer"] == processor.tokenizer.decode(out, skip_special_tokens=True)
         assert len(out) > 5

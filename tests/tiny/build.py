@@ -54,6 +54,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as vision
 import transformers
@@ -84,6 +85,7 @@ LOW = SIDE // 4                        # of its masks
 COARSE = 8                             # of the coarse drawing, an aid of the training
 LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
 LOOKING_LAYER = 2                      # whose first head is told where to look
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LATE = 0.35                            # of the training: the rate falls, three in four glance
 
 # --------------------------------------------------------------------------------------------------
@@ -360,7 +362,8 @@ def make_samples(scenes, processor, name):
 def build_mllm(tokenizer):
     """Qwen2.5-VL with 1.2 million parameters."""
     ids = {s: tokenizer.convert_tokens_to_ids(s) for s in SPECIAL}
-    rope = dict(rope_type="default", rope_theta=1000.0, mrope_section=[4, 6, 6])
+    # the slowest frequencies tell the columns, of which there are ten: so a small base
+    rope = dict(rope_type="default", rope_theta=30.0, mrope_section=[4, 6, 6])
     text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
                 num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
                 max_position_embeddings=4096, initializer_range=0.05, rope_parameters=rope,
@@ -425,7 +428,8 @@ def rope_positions(ids, first, start, rows, columns):
 def forward(model, prompts, answers, features, columns, attentions=False):
     """(B, P), (B, R), (B, cells, C) -> the states (B, R + 1, C) from the one that predicts an
     answer's first token to the one at its last; one head's weights in the first R rows, (B, R, L);
-    the column where each picture starts (B,)."""
+    the column where each picture starts (B,); the pictures' states (B, cells, C) as that head
+    meets them. With attentions=False two of them are None."""
     ids, P = torch.cat([prompts, answers], 1), prompts.shape[1]                         # (B, L)
     is_picture = ids == model.config.image_token_id
     first = (prompts != model.config.get_text_config().pad_token_id).int().argmax(1)
@@ -438,9 +442,12 @@ def forward(model, prompts, answers, features, columns, attentions=False):
     position = rope_positions(ids, first, start, features.shape[1] // columns, columns)
     out = model.model.language_model(
         inputs_embeds=embeds, position_ids=position, attention_mask=mask, use_cache=False,
-        output_attentions=attentions)
-    weights = out.attentions[LOOKING_LAYER][:, 0, P - 1:-1] if attentions else None
-    return out.last_hidden_state[:, P - 1:], weights, start
+        output_attentions=attentions, output_hidden_states=attentions)
+    weights, shown = None, None
+    if attentions:
+        weights = out.attentions[LOOKING_LAYER][:, 0, P - 1:-1]
+        shown = out.hidden_states[LOOKING_LAYER][is_picture].view(*features.shape)
+    return out.last_hidden_state[:, P - 1:], weights, start, shown
 
 
 def soft_targets(tokenizer, sigma=1.5):
@@ -456,12 +463,15 @@ def soft_targets(tokenizer, sigma=1.5):
 
 
 class Aids(torch.nn.Module):
-    """Heads that help the training and are thrown away: what a picture token shows, and what an
-    answer's state speaks of."""
+    """Heads that help the training and are thrown away: what a picture token shows, where that
+    stands in the picture, and what an answer's state speaks of. The vision tower knows relative
+    places alone (its rotary positions), so it says how far a thing reaches from the cell; the
+    language model knows the cell's own place, from the text before the picture."""
 
     def __init__(self, width):
         super().__init__()
         self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 4)
+        self.places = torch.nn.Linear(width, 4)
         self.drawing = torch.nn.Linear(width, COARSE ** 2)
 
 
@@ -474,13 +484,15 @@ def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, proces
     else:
         patches = patchify(group["picture"][distinct], processor.image_processor)
         seen = see(model.model.visual, patches, columns)
-    states, weights, start = forward(model, prompts, answers, seen[which], columns, True)
+    states, weights, start, shown = forward(model, prompts, answers, seen[which], columns, True)
     counts = (answers != processor.tokenizer.pad_token_id).float()                      # (B, R)
     log_p = model.lm_head(states[:, :-1]).float().log_softmax(-1)
     losses = {"text": (-(soft[answers] * log_p).sum(-1) * counts).sum() / counts.sum()}
     if "seen" not in group:
-        longest = max(rows, columns) * CELL
-        losses["cells"] = cell_loss(aids.cells(seen).float(), group, distinct, longest)
+        losses["cells"] = cell_loss(aids.cells(seen).float(), group, distinct)
+    truth = of_cells(group, scene)
+    miss = (aids.places(shown).float() - truth[..., 2:] / HIGHEST).abs().mean(-1)
+    losses["places"] = 10 * miss[truth[..., 0] > 0].mean()
     losses["attention"] = attention_loss(weights.float(), group["cover"][scene], focus, start)
     drawn = F.adaptive_avg_pool2d(group["low"][scene].float() / 255, COARSE).flatten(2)
     losses["drawing"] = drawing_loss(aids.drawing(states).float(), drawn, focus, counts)
@@ -506,7 +518,7 @@ def seeing_losses(model, aids, groups, processor, bf16, pictures=16):
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         patches = patchify(group["picture"][some], processor.image_processor)
         guess = aids.cells(see(model.model.visual, patches, columns))
-        return {"cells": cell_loss(guess.float(), group, some, max(rows, columns) * CELL)}
+        return {"cells": cell_loss(guess.float(), group, some)}
 
 
 def of_thing(values, focus):
@@ -535,15 +547,26 @@ def drawing_loss(guess, drawn, focus, counts):
     return (miss.mean(-1) * told).sum() / told.sum()
 
 
-def cell_loss(guess, group, distinct, longest):
-    """What stands in each cell of the picture: colour, shape and box, or nothing."""
-    index = group["cells"][distinct].long()[..., None].expand(-1, -1, 6)
-    truth = group["table"][distinct].long().gather(1, index)                # (B, cells, 6)
+def of_cells(group, scene):
+    """What stands in each cell of some scenes -> (B, cells, 6): colour, shape and box; 0 is
+    nothing."""
+    index = group["cells"][scene].long()[..., None].expand(-1, -1, 6)
+    return group["table"][scene].long().gather(1, index)
+
+
+def cell_loss(guess, group, distinct):
+    """What stands in each cell of the picture: colour, shape, and how far it reaches from the
+    cell's centre to all sides; or nothing."""
+    truth = of_cells(group, distinct)
+    columns = group["picture"].shape[2] // CELL
+    cell = torch.arange(truth.shape[1])
+    centre = CELL * torch.stack([cell % columns, cell // columns], -1) + CELL / 2     # (cells, 2)
+    reach = (truth[..., 2:] - centre.repeat(1, 2)) / (2 * CELL)
     color, shape, box = guess.split([1 + len(world.COLORS), 1 + len(world.SHAPES), 4], -1)
-    there = (truth[..., 0] > 0).float()[..., None]
+    there = truth[..., 0] > 0
     return (F.cross_entropy(color.flatten(0, 1), truth[..., 0].flatten())
             + F.cross_entropy(shape.flatten(0, 1), truth[..., 1].flatten())
-            + 5 * ((box - truth[..., 2:] / longest).abs() * there).sum() / (4 * there.sum()))
+            + (box - reach).abs().mean(-1)[there].mean())
 
 
 def draw_batch(groups, share, pictures, questions):
@@ -632,7 +655,8 @@ def check_forward(model, processor, group, scenes):
     columns, pad_id = group["picture"].shape[2] // CELL, processor.tokenizer.pad_token_id
     prompts, answers = group["prompts"][:4, 0].long(), group["look"][:4, 0].long()
     ours = patchify(group["picture"][:4], processor.image_processor)
-    states, _, _ = forward(model, prompts, answers, see(model.model.visual, ours, columns), columns)
+    seen = see(model.model.visual, ours, columns)
+    states, _, _, _ = forward(model, prompts, answers, seen, columns)
     logits = model.lm_head(states)
     for i in range(4):
         text = processor.apply_chat_template(chat_messages(scenes[i][1][0]["text"]),
@@ -715,7 +739,8 @@ def build_mllm_part(args, scenes, held_out, say):
         processor.save_pretrained(folder)
 
     train("mllm", [model, aids], losses, report, args, steps, say)
-    check_mllm(model, folder, items[:8], say)
+    if RANK == 0:
+        check_mllm(model, folder, items[:8], say)
 
 
 def check_mllm(model, folder, items, say):
@@ -995,6 +1020,17 @@ def rate(step, steps):
     return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * late)))
 
 
+def average_gradients(parameters):
+    """Over the processes, each of which had scenes of its own."""
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / WORLD).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def train(name, modules, losses, report, args, steps, say):
     """AdamW. losses(step) -> total, named; report(step) now and then; then STATE/NAME.resume.pt is
     written, from which --resume goes on, also with another --steps."""
@@ -1013,10 +1049,12 @@ def train(name, modules, losses, report, args, steps, say):
             module.load_state_dict(weights)
     kept, began = [], time.time()
     for step in range(start + 1, steps + 1):
-        torch.manual_seed(args.seed * 1000003 + step)        # whatever an evaluation drew between
+        # whatever an evaluation drew between
+        torch.manual_seed((args.seed * 1000003 + step) * WORLD + RANK)
         total, named = losses(step - 1)
         optimizer.zero_grad()
         total.backward()
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate(step - 1, steps)
@@ -1030,9 +1068,9 @@ def train(name, modules, losses, report, args, steps, say):
             means = {k: round(v, 4) for k, v in means.items()}
             say(f"step {step}/{steps} {1000 * pace:.0f} ms a step", means)
             kept, began = [], time.time()
-            if step % args.every == 0 or step == steps:
+            if RANK == 0 and (step % args.every == 0 or step == steps):
                 report(step)
-        if step % 100 == 0 or step == steps:
+        if RANK == 0 and (step % 100 == 0 or step == steps):
             torch.save({"step": step, "optimizer": optimizer.state_dict(),
                         "modules": [module.state_dict() for module in modules]}, state)
 
@@ -1069,14 +1107,18 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="compute the MLLM's training in bf16")
     args = parser.parse_args()
 
+    if WORLD > 1:
+        dist.init_process_group("gloo")
     Path(args.output).mkdir(parents=True, exist_ok=True)
     with open(Path(args.output) / "build.log", "a", encoding="utf-8") as file:
         def say(*words):
+            if RANK > 0:
+                return
             print(*words, flush=True)
             print(*words, file=file, flush=True)
 
         began = time.time()
-        scenes = make_scenes(args.scenes, f"{args.seed} train", cache=args.cache)
+        scenes = make_scenes(args.scenes, f"{args.seed} train", cache=args.cache)[RANK::WORLD]
         held_out = make_scenes(args.held_out, f"{args.seed} held out", True, args.cache)
         say(f"\n{' '.join(sys.argv)}\ntorch {torch.__version__}, transformers "
             f"{transformers.__version__}; {args.scenes} scenes in {time.time() - began:.0f} s")

@@ -21,8 +21,9 @@ expressions that taking the outermost thing in their direction would solve as we
 over.
 
 Frames: things, masks and boxes are in pixels of the picture, (x1, y1, x2, y2) with the right and
-lower edges outside. A picture has any size from 96 to 512 pixels, so lengths are also given in
-*units*: the picture counts 160 x 160 of them if it is square, and the same area if it is not.
+lower edges outside. A picture has any size, 96 to 512 pixels in the mean of both sides, so lengths
+are also given in *units*: the picture counts 160 x 160 of them if it is square, and the same area
+if it is not.
 """
 import colorsys
 import json
