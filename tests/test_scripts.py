@@ -235,7 +235,7 @@ def test_the_proofs_numbers(tmp_path, monkeypatch):
         for mode in proof.MODES:
             rows = better if name == "rl" else worse
             (tmp_path / f"{name}-1.{mode}.jsonl").write_text("\n".join(rows) + "\n")
-    found = proof.summarize([1], 3)
+    found = proof.summarize([1], list(proof.NAMES), 3)
     means = found["means"]["rl-1 greedy"]
     assert means["looks"] == pytest.approx(2 / 3, abs=1e-3)
     assert means["acc50"] == pytest.approx(2 / 3, abs=1e-3)

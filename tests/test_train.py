@@ -329,7 +329,7 @@ def test_exported_mllm_is_one_for_transformers(trained_by_two, world, inside, tm
 def test_other_families_go_through_both_stages(family, world, inside, tmp_path):
     """With random weights: two steps of each stage, the second of which must not be as the
     first."""
-    mllm = random_family(family, True, vocabulary=302, image=6, video=7, start=3, end=4)
+    mllm = random_family(family, True, vocabulary=1000, image=6, video=7, start=3, end=4)
     mllm.save_pretrained(tmp_path / "mllm")
     for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json",
                  "chat_template.jinja"):
@@ -495,11 +495,13 @@ def test_what_a_stage_makes_of_its_settings(module, piece, training, world, alig
     assert lens.prompt == "released" and asked == ["released"]
     assert lens.sam.sam_mask_decoder.dynamic_multimask_via_stability
     processor = AutoProcessor.from_pretrained("tests/tiny/mllm")
-    for ids, text in zip(batch["ids"], batch["texts"]):
+    pictures = {record["id"]: record["image"]
+                for record in data.read_records(world, ["shapes"], ["train"])}
+    for ids, text, key in zip(batch["ids"], batch["texts"], batch["keys"]):
         chat = processor.apply_chat_template(rewards.chat_messages(text, "released"),
                                              add_generation_prompt=True)
-        encoded = processor(text=[chat], images=[Image.new("RGB", (128, 128))])
-        assert ids.tolist() == encoded["input_ids"][0]
+        picture = Image.open(pictures[key.rpartition("/")[0]])
+        assert ids.tolist() == processor(text=[chat], images=[picture])["input_ids"][0]
     if module is align:
         forced = align.true_answers(batch, processor.tokenizer, "released")
         assert all(torch.equal(a, b) for a, b in zip(answers, forced))
