@@ -95,8 +95,8 @@ class RLArgs(TrainArgs):
                             "be negative")
 
 
-PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=16,
-                        micro_batch=8, steps=250, lr=1.5e-4, lr_context=1e-3, lr_sam=1e-4,
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=12,
+                        micro_batch=8, steps=140, lr=2.5e-4, lr_context=1e-3, lr_sam=1e-4,
                         alpha=0.1, warmup=10, adam_beta2=0.99, save_every=50,
                         gradient_checkpointing=False)}
 # alpha: with the paper's 1.0 the segmentation loss's gradient on a stand-in's MLLM is ten times the
