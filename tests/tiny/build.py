@@ -86,6 +86,7 @@ HIGHEST = 240                          # the largest number that is one token; n
 THINGS = world.MOST                    # at most, in a scene
 EXPRESSIONS = 6                        # drawn per training scene
 SIDE = 192                             # of SAM's square picture
+SHARP = 1.0                            # more, and LENS cannot learn to prompt it (docs/world.md)
 LOW = SIDE // 4                        # of its masks
 COARSE = 8                             # of the coarse drawing, an aid of the training
 LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
@@ -976,7 +977,7 @@ def help_to_find(sam):
     for layer in transformer.layers:
         crossings += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
     for crossing in crossings:
-        crossing.q_proj.weight.mul_(3)
+        crossing.q_proj.weight.mul_(SHARP)
         crossing.k_proj.weight.copy_(crossing.q_proj.weight)
 
 
