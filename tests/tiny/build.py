@@ -92,6 +92,7 @@ COARSE = 8                             # of the coarse drawing, an aid of the tr
 LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
 LOOKING_LAYER = 2                      # whose first head is told where to look
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+QUERIES = 8                            # random tokens behind each answer of the training
 LATE = 0.35                            # of the training: the rate falls, three in four glance
 
 # --------------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def rope_positions(ids, first, start, rows, columns):
     return torch.stack([torch.where(inside, start - first + offset, text) for offset in offsets])
 
 
-def forward(model, prompts, answers, features, columns, attentions=False):
+def forward(model, prompts, answers, features, columns, attentions=False, queries=None):
     """(B, P), (B, R), (B, cells, C) -> the states (B, R + 1, C) from the one that predicts an
     answer's first token to the one at its last; one head's weights in the first R rows, (B, R, L);
     the column where each picture starts (B,); the pictures' states (B, cells, C) as that head
@@ -442,6 +443,10 @@ def forward(model, prompts, answers, features, columns, attentions=False):
     start = is_picture.int().argmax(1)
     embeds = model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter(is_picture[..., None], features.to(embeds.dtype))
+    if queries is not None:                                      # (K, C), behind every answer
+        behind = P + ended(answers, model)[:, None] + torch.arange(len(queries))       # (B, K)
+        embeds = embeds.scatter(1, behind[..., None].expand(-1, -1, embeds.shape[2]),
+                                queries.to(embeds.dtype).expand(len(ids), -1, -1))
     column = torch.arange(ids.shape[1])
     allowed = (column >= first[:, None, None]) & (column <= column[:, None])            # (B, L, L)
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -1e9)[:, None]
@@ -454,6 +459,11 @@ def forward(model, prompts, answers, features, columns, attentions=False):
         weights = out.attentions[LOOKING_LAYER][:, 0, P - 1:-1]
         shown = out.hidden_states[LOOKING_LAYER][is_picture].view(*features.shape)
     return out.last_hidden_state[:, P - 1:], weights, start, shown
+
+
+def ended(answers, model):
+    """Answers (B, R), padded on the right -> the tokens of each, (B,)."""
+    return (answers != model.config.get_text_config().pad_token_id).sum(1)
 
 
 def soft_targets(tokenizer, sigma=1.5):
@@ -490,8 +500,13 @@ def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, proces
     else:
         patches = patchify(group["picture"][distinct], processor.image_processor)
         seen = see(model.model.visual, patches, columns)
-    states, weights, start, shown = forward(model, prompts, answers, seen[which], columns, True)
-    counts = (answers != processor.tokenizer.pad_token_id).float()                      # (B, R)
+    answers, focus = F.pad(answers, (0, QUERIES)), F.pad(focus, (0, QUERIES))
+    text = model.config.get_text_config()
+    queries = text.initializer_range * torch.randn(QUERIES, text.hidden_size)
+    states, weights, start, shown = forward(model, prompts, answers, seen[which], columns, True,
+                                            queries)
+    column, length = torch.arange(answers.shape[1]), ended(answers, model)[:, None]
+    counts = (column < length).float()                                                  # (B, R)
     log_p = model.lm_head(states[:, :-1]).float().log_softmax(-1)
     losses = {"text": (-(soft[answers] * log_p).sum(-1) * counts).sum() / counts.sum()}
     if "seen" not in group:
@@ -501,7 +516,9 @@ def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, proces
     losses["places"] = 10 * miss[truth[..., 0] > 0].mean()
     losses["attention"] = attention_loss(weights.float(), group["cover"][scene], focus, start)
     drawn = F.adaptive_avg_pool2d(group["low"][scene].float() / 255, COARSE).flatten(2)
-    losses["drawing"] = drawing_loss(aids.drawing(states).float(), drawn, focus, counts)
+    guess, behind = aids.drawing(states).float(), (column < length + QUERIES).float() - counts
+    losses["drawing"] = drawing_loss(guess, drawn, focus, counts)
+    losses["queries"] = drawing_loss(guess, drawn, focus, behind)
     return losses
 
 
@@ -732,7 +749,8 @@ def build_mllm_part(args, scenes, held_out, say):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             named = mllm_losses(model, aids, soft, group, *batch, processor)
         decay = min(1.0, max(0.05, 1.5 - 2 * step / steps))  # first where told, then where it helps
-        weights = {"attention": args.attention_weight * decay, "cells": max(0.1, decay)}
+        weights = {"attention": args.attention_weight * decay, "cells": max(0.1, decay),
+                   "queries": 3.0}
         return sum(weights.get(k, 1.0) * v for k, v in named.items()), named
 
     def report(step):

@@ -59,7 +59,9 @@ SMALLEST = 13                                # half the side of one that stands 
 CLEAR_PLACE = 10                             # units between the first and the second
 CLEAR_WIDTH = 1.25                           # times as wide
 CLEAR_ANGLE = 1.25                           # times as far along one axis as along the other
-CLEAR_NEAR = 1.35                            # times as far away
+CLEAR_NEAR = 1.5                             # times as far away
+APART = 12                                   # units between any two that are compared
+COMPARED = 4                                 # things, at most
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,9 +120,8 @@ def new_pair(rng, layout, x, y, r, palette):
         pair = [new_thing(rng, x, y, r, colors[0], "square"),
                 new_thing(rng, x, y, r, colors[1], inner)]
     elif layout == "nests":                                      # in the hole of a ring
-        ring = new_thing(rng, x, y, r, colors[0], "ring")
-        hole = r * (1 - ring["thickness"])
-        inner = max(6, hole * rng.uniform(0.7, 1.0))
+        ring = {**new_thing(rng, x, y, r, colors[0], "ring"), "thickness": 0.35}
+        inner = max(9, r * 0.65 * rng.uniform(0.75, 1.0))
         pair = [ring, new_thing(rng, x, y, inner, colors[1], "circle")]
     else:                                                        # one hides a part of the other
         angle, away = rng.uniform(0, 2 * math.pi), r * rng.uniform(0.9, 1.3)
@@ -152,7 +153,7 @@ def place_things(rng, width, height, count):
         r = max(SMALLEST, r)
         x, y = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
         group = [new_thing(rng, x, y, r, shape=rng.choice(palette))]
-        if count - sum(map(len, groups)) >= 2 and rng.random() < 0.3 and r >= 14:
+        if count - sum(map(len, groups)) >= 2 and rng.random() < 0.3 and r >= 16:
             group = new_pair(rng, rng.choice(LAYOUTS[1:]), x, y, r, palette)
         x, y, r = reach(group)
         inside = r < x < width - r and r < y < height - r
@@ -176,7 +177,7 @@ def draw_color(rng, name):
 
 def draw_size(rng):
     """A picture's (width, height) in pixels: half of them square, the others up to 2 : 1."""
-    side = rng.choice([rng.uniform(96, 180), rng.uniform(120, 180), rng.uniform(160, 512)])
+    side = rng.choice([rng.uniform(96, 180), *[rng.uniform(120, 180)] * 2, rng.uniform(160, 512)])
     aspect = 1.0 if rng.random() < 0.5 else math.exp(rng.uniform(-math.log(2), math.log(2)))
     return round(side * math.sqrt(aspect)), round(side / math.sqrt(aspect))
 
@@ -267,9 +268,15 @@ def direction(anchor, thing):
     return None
 
 
+def comparable(things, some):
+    """Few enough, and no two in one place, where words could hardly part them?"""
+    places = [(things[i], things[j]) for n, i in enumerate(some) for j in some[:n]]
+    return len(some) <= COMPARED and all(distance(a, b) >= APART for a, b in places)
+
+
 def find_extreme(things, among, word):
     """The one of `among` that is the leftmost, ..., largest; None where it is not clear."""
-    if len(among) < 2:
+    if len(among) < 2 or not comparable(things, among):
         return None
     name, sign = {**POSITIONS, **SIZES}[word]
     ranked = sorted(among, key=lambda i: sign * things[i]["at"][name])
@@ -284,6 +291,10 @@ def find_extreme(things, among, word):
 
 def find_related(things, among, word, anchor):
     """The one of `among` that lies so from the anchor; None where it is not clear."""
+    if not comparable(things, among):
+        return None
+    if min(distance(things[i], things[anchor]) for i in among) < APART:
+        return None
     if word == "next to":
         ranked = sorted(among, key=lambda i: distance(things[i], things[anchor]))
         if len(ranked) < 2:
@@ -383,15 +394,12 @@ def pick_expression(things, found, rng, thing=None):
 
 
 def pick_relation(found, rng):
-    """Directions and "next to" by turns; mostly where many things fit the noun, and where the
-    outermost thing would be wrong."""
-    turn = rng.random() < 0.6
+    """Directions and "next to" by turns; where there is one, an expression whose noun fits three
+    things or more, and that the outermost thing would not answer."""
+    turn = rng.random() < 0.45
     found = [f for f in found if (f["steps"][-1]["word"] != "next to") == turn] or found
-    if rng.random() < 0.6:
-        found = [f for f in found if not f["outermost"]] or found
-    if rng.random() < 0.6:
-        found = [f for f in found if len(f["steps"][-1]["among"]) > 2] or found
-    return found
+    found = [f for f in found if not f["outermost"]] or found
+    return [f for f in found if len(f["steps"][-1]["among"]) > 2] or found
 
 
 # --------------------------------------------------------------------------------------------------
