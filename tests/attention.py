@@ -10,6 +10,7 @@ queries of each layer look.
 """
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,21 +83,23 @@ def main(folder):
 def draw(drawn, shares, path):
     from matplotlib import pyplot
     layers = len(shares)
-    size = 2 * (layers + 3.2), 2.1 * len(drawn)
+    left_part, right_part = 2 * (layers + 1), 6           # widths in inches: maps, bars
+    size = left_part + right_part, 2.3 * len(drawn)
     figure, axes = pyplot.subplots(len(drawn), layers + 1, figsize=size, squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.62, top=0.93, bottom=0.02)
+    edge = left_part / (left_part + right_part)
+    figure.subplots_adjust(left=0.01, right=edge, top=0.94, bottom=0.02, hspace=0.25)
     for row, (item, maps) in zip(axes, drawn):
         row[0].imshow(item["image"])
-        row[0].set_title(item["text"], fontsize=6)
+        row[0].set_title("\n".join(textwrap.wrap(item["text"], 26)), fontsize=9)
         for n, (axis, attention) in enumerate(zip(row[1:], maps)):
             grey = (255 * attention / attention.max()).byte().numpy()
             grown = Image.fromarray(grey).resize(item["image"].size)
             axis.imshow(np.array(item["image"].convert("L")), cmap="gray", alpha=0.5)
             axis.imshow(np.array(grown), cmap="magma", alpha=0.7)
-            axis.set_title(f"layer {n + 1}", fontsize=8)
+            axis.set_title(f"layer {n + 1}", fontsize=9)
         for axis in row:
             axis.axis("off")
-    bars, left = figure.add_axes([0.66, 0.15, 0.32, 0.6]), np.zeros(layers)
+    bars, left = figure.add_axes([edge + 0.09, 0.15, 0.89 - edge, 0.6]), np.zeros(layers)
     for k, name in enumerate(KINDS):
         bars.barh(range(layers), shares[:, k], left=left, label=name)
         left += shares[:, k].numpy()

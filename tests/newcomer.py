@@ -1,6 +1,8 @@
 """The newcomer's path, timed: from a clone to an own picture segmented. By hand:
 
     python tests/newcomer.py          # ten minutes and 6 GB in a temporary folder
+    python tests/newcomer.py FOLDER   # the same in a new folder, which stays: the pictures of docs/
+                                      # are made from its runs/
 
 On an otherwise idle machine with two cores; writes docs/newcomer.json and docs/newcomer.png. Runs
 the README's set-up and its main job in a fresh clone and a fresh environment, then draws a picture
@@ -8,6 +10,7 @@ of its own and segments it with the README's last command. The picture has flat 
 training has not seen, but its size, ground, shapes and colours: the stand-in knows nothing else (on
 300 x 220 pixels or a white ground it is lost).
 """
+import contextlib
 import json
 import os
 import re
@@ -53,7 +56,9 @@ def main():
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("PYTHON", "VIRTUAL", "OMP"))}
     seconds = {}
-    with tempfile.TemporaryDirectory() as clone:
+    with contextlib.ExitStack() as place:
+        clone = (sys.argv[1:] or [place.enter_context(tempfile.TemporaryDirectory())])[0]
+        Path(clone).mkdir(exist_ok=True)
         for name, command in commands.items():
             if name == "own picture":
                 own_picture(Path(clone) / "mine.png")
