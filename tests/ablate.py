@@ -225,10 +225,11 @@ def cell(values):
 
 
 def markdown(lines):
-    text = ["Everything in per cent on 1,000 rows of the shapes world's val, greedy unless it says "
-            "sampled: the mean over seeds and, in brackets, their range. The paper's column is its "
-            "cIoU on RefCOCO testA. Steps are stage 1's + stage 2's, *half* marks half of the "
-            "latter. Made by `python tests/ablate.py markdown` of docs/ablations.jsonl."]
+    text = ["All numbers are in per cent, on 1,000 rows of the shapes world's val, with greedy "
+            "answers where a column does not say sampled. They are means over the seeds, with the "
+            "range in brackets. The column \"paper\" is its cIoU on RefCOCO testA. The steps are "
+            "those of stage 1 + stage 2; *half* marks half of the usual steps of stage 2. Made by "
+            "`python tests/ablate.py markdown` of docs/ablations.jsonl."]
     for table, (title, columns, rows) in TABLES.items():
         made = {row.name: [line for line in lines
                            if (line["table"], line["row"]) == (table, row.name)] for row in rows}
