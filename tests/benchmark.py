@@ -466,13 +466,15 @@ def report(data):
     differences = ", ".join(f"{key} {value:.0e}" for key, value in data["check"].items())
     lines = [
         "# What a group costs", "",
-        f"`python tests/benchmark.py`: {data['minutes']:.0f} minutes, {data['machine']}. What is "
-        "compared, and how, stands at that file's",
-        "head. Ratios are theirs over ours, the better of single and batch where neither is named; "
-        "`reached` is measured over counted.",
-        f"MLLM to SAM, arithmetic of the straightforward step: {here:.0f} here, about {real:.0f} "
-        "for the 3B model with SAM2-Large. Largest",
-        f"differences between the three ways: {differences}.", "",
+        f"Made by `python tests/benchmark.py`, which took {data['minutes']:.0f} minutes on "
+        f"{data['machine']}. It compares three ways to compute one group: ours, the G samples one "
+        "by one (single), and the G samples as one batch. A ratio above 1 says how many times "
+        "more the other way needs. Where neither way is named, the better one counts. `counted` "
+        "is the ratio of arithmetic operations, `measured` that of seconds, `reached` the second "
+        "in per cent of the first.", "",
+        f"In the straightforward step the MLLM needs {here:.0f} times SAM's arithmetic here, and "
+        f"about {real:.0f} times with the 3B model and SAM2-Large. The three ways give the same "
+        f"numbers; the largest differences are: {differences}.", "",
         "## P = 1400, T = 200, M = 64, G = 8", "",
         *parts_table(head), *targets(results), "",
         f"With `num_return_sequences`, transformers {data['transformers']} runs the vision tower "

@@ -1,7 +1,8 @@
 """The newcomer's path, timed: from a clone to an own picture segmented. By hand:
 
-    python tests/newcomer.py              # a quarter of an hour and 6 GB in a temporary folder
-    python tests/newcomer.py FOLDER       # the same in a new folder, which stays
+    python tests/newcomer.py          # eleven minutes and 6 GB in a temporary folder
+    python tests/newcomer.py FOLDER   # the same in a new folder, which stays: the pictures of docs/
+                                      # are made from its runs/
 
 On an otherwise idle machine with two cores; writes docs/newcomer.json and docs/newcomer.png. Runs
 the README's set-up and its main job in a fresh clone and a fresh environment, then draws a picture

@@ -773,9 +773,9 @@ def page(data):
         f"{data['transformers']}, torch {data['torch']}, Python {data['python']}. TRL is no "
         "dependency of this project. To make this page again, install it into a folder SITE:", "",
         "```bash", INSTALL, "PYTHONPATH=SITE python tests/peers.py", "```", "",
-        "Their trainer is a real one. It is handed completions and rewards, and for the first "
-        "table stored log-probabilities; all else is its own code. Differences are the largest "
-        "over all elements.", "",
+        "TRL's own trainer runs. It gets the same completions and rewards as our code, and for "
+        "the first table the same stored log-probabilities. Everything else is its own code. Each "
+        "difference is the largest of all elements.", "",
         "## Advantages, loss and gradient on stored tensors", "",
         f"{STORED_B} groups of G = {STORED_G}, T = {STORED_T}, {stored['seeds']} seeds: one group "
         "of equal rewards, one with a single right answer, one completion of full length, one "

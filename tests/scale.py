@@ -93,8 +93,13 @@ def whole_script(folder):
 
 def table(data):
     lines = ["# One process and several", "",
-             "`python tests/scale.py`: what is compared stands at that file's head. The losses "
-             "begin at 42 and end at 10; bf16 on one process is compared with fp32.", "",
+             "Made by `python tests/scale.py`. Each row trains the same small model for ten "
+             "updates on the same batches and is compared with the same training on one process. "
+             "(bf16 on one process is compared with fp32.) The first four columns are the largest "
+             "differences: of the loss (42 at the start, 10 at the end), of its parts, of the "
+             "gradient norm, and of any weight, relative to the largest weight of its tensor. The "
+             "last three columns are the memory that one process needs, as a share of what a "
+             "single process needs.", "",
              "| | loss | other parts | gradient norm | weights | trained weights per process | "
              "optimizer | reference |",
              "|---|---|---|---|---|---|---|---|"]

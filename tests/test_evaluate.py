@@ -75,8 +75,8 @@ def fork(n, *flags):
         with command_line(*flags), contextlib.redirect_stdout(io.StringIO()):
             align.run(evaluate.main)
 
-    fresh = multiprocessing.get_context("fork")
-    started = [fresh.Process(target=work, args=(rank,), daemon=True) for rank in range(n)]
+    forks = multiprocessing.get_context("fork")
+    started = [forks.Process(target=work, args=(rank,), daemon=True) for rank in range(n)]
     for process in started:
         process.start()
     return started
