@@ -86,7 +86,7 @@ HIGHEST = 240                          # the largest number that is one token; n
 THINGS = world.MOST                    # at most, in a scene
 EXPRESSIONS = 6                        # drawn per training scene
 SIDE = 192                             # of SAM's square picture
-SHARP = 1.0                            # of queries and keys at the start (docs/world.md)
+SHARP = 3.0                            # of queries and keys at the start (docs/world.md)
 LOW = SIDE // 4                        # of its masks
 COARSE = 8                             # of the coarse drawing, an aid of the training
 LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
@@ -837,11 +837,11 @@ def sam_pixels(pictures):
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def decode(sam, pixels, points, labels):
+def decode(sam, pixels, points, labels, blur=None):
     """K prompts of each of B pictures -> mask logits (B, K, LOW, LOW) and predicted IoUs (B, K).
 
     points (B, K, n, 2) in SAM's frame and labels (B, K, n): 2 and 3 are a box's corners, 1 a point
-    on the thing, 0 a point off it, -1 none.
+    on the thing, 0 a point off it, -1 none. blur: a function of the prompts' tokens.
     """
     K = points.shape[1]
     fine, middle, coarse = sam.forward_image(pixels)["backbone_fpn"]
@@ -849,6 +849,7 @@ def decode(sam, pixels, points, labels):
     coarse, fine, middle = (f[:, None].expand(-1, K, -1, -1, -1).flatten(0, 1) for f in features)
     prompts = points.flatten(0, 1), labels.flatten(0, 1)
     sparse, dense = sam.sam_prompt_encoder(points=prompts, boxes=None, masks=None)
+    sparse = blur(sparse) if blur else sparse
     logits, ious, _, _ = sam.sam_mask_decoder(
         image_embeddings=coarse, image_pe=sam.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=False,
@@ -908,6 +909,19 @@ def draw_prompts(corners, low, asked, early):
     return tuple(torch.cat(pair, 2) for pair in zip(draw_box(corners), points))
 
 
+def blur_tokens(tokens):
+    """Prompt tokens (N, n, D): half of the prompts are left; the tokens of the others become up to
+    ten times smaller, and something random is added, to all of a prompt's alike and to each.
+
+    What is learned in stage 1 begins so: small, and mostly the same for all pictures. A SAM that
+    never saw such tokens draws everything for them, whatever else they say, and nothing tells the
+    queries where to go (docs/world.md)."""
+    N, n, D = tokens.shape
+    small, strength = 10 ** -torch.rand(N, 1, 1), torch.rand(N, 1, 1)
+    blurred = small * tokens + strength * (torch.randn(N, 1, D) + 0.3 * torch.randn(N, n, D))
+    return torch.where(torch.rand(N, 1, 1) < 0.5, blurred, tokens)
+
+
 class CoarseReader(torch.nn.Module):
     """An aid of SAM's training: reads the thing asked for off the decoder's coarse cells."""
 
@@ -936,7 +950,8 @@ def sam_losses(sam, reader, scenes, rows, early):
     low, corners = scenes["low"][rows], scenes["corners"][rows]
     corners = corners.gather(1, asked[..., None].expand(-1, -1, 4))
     prompts = draw_prompts(corners, low, asked, early)
-    logits, ious = decode(sam, sam_pixels(scenes["square"][rows]), *prompts)
+    logits, ious = decode(sam, sam_pixels(scenes["square"][rows]), *prompts,
+                          None if early else blur_tokens)
     truth, p = take(low, asked).float() / 255, logits.sigmoid()        # (B, PROMPTS, LOW, LOW)
     bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
     dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)

@@ -25,10 +25,11 @@ import torch
 import build
 import data
 import world
-from align import learning_rate, segmentation_loss
-from model import (TINY, Lens, SamHead, SharedArgs, context_module, forbidden_tokens,
-                   full_size_masks, load_mllm, load_sam, prompt_positions, read_answers)
-from rewards import mask_iou
+from align import TINY, SharedArgs, learning_rate
+from grpo import segmentation_loss
+from model import (Lens, SamHead, context_module, forbidden_tokens, load_mllm, load_sam,
+                   prompt_positions, read_answers)
+from rewards import chat_messages, full_size_masks, mask_iou
 
 
 def make_rows(scenes, processor, looks, seed):
@@ -39,7 +40,7 @@ def make_rows(scenes, processor, looks, seed):
         pieces = height * width // build.CELL ** 2
         for expression in picked:
             said = build.answer_of(table, expression, (width, height), looks, rng)
-            prompt = processor.apply_chat_template(rewards.chat_messages(expression["text"]),
+            prompt = processor.apply_chat_template(chat_messages(expression["text"]),
                                                    add_generation_prompt=True)
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * pieces)
             ids, _ = build.tokenise(said, tokenizer)
@@ -69,7 +70,7 @@ def draw_masks(lens, batch, answers):
         positions = prompt_positions(lens.mllm, batch)
         read = read_answers(lens.mllm, batch, positions, answers)
         features = lens.encode_pictures(batch["sam_pixels"])
-    return lens(batch, read, features, with_log_probs=False)["mask_logits"], features
+    return lens.align_forward(read, features), features
 
 
 @torch.no_grad()
