@@ -160,8 +160,8 @@ class AlignArgs(TrainArgs):
 MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}, "3b": {"mllm": SharedArgs.mllm}}
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", data="runs/shapes", datasets=["shapes"],
             num_queries=8, connector_heads=4, max_completion=104, precision="fp32", workers=0)
-PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=125,
-                        lr=2e-3, warmup=10, save_every=50)}
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=200,
+                        lr=1e-3, warmup=10, save_every=50, context="true")}
 PROFILES = {"paper": {}, "released": dict(
     prompt="released", positions="1d", multimask=True, prompt_tokens="one", max_pixels=1_000_000,
     context="true", iou_power=2.0, deviation="sample", lambda_format=0.0)}

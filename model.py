@@ -76,7 +76,8 @@ class Connector(nn.Module):
         super().__init__()
         if kind == "vit" and C % heads:
             raise LensError(f"--connector-heads {heads} does not divide the MLLM's hidden size {C}")
-        self.position = nn.Parameter(torch.randn(1, M, C) * 0.02) if kind == "vit" else None
+        # as large as the states: with 0.02 all M tokens stay alike for long (docs/world.md)
+        self.position = nn.Parameter(torch.randn(1, M, C)) if kind == "vit" else None
         self.blocks = nn.ModuleList(Block(C, heads) for _ in range(4 if kind == "vit" else 0))
         self.squeeze = nn.Conv1d(C, C, kernel_size=M) if prompt_tokens == "one" else None
         self.to_sam = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, D))
@@ -110,8 +111,7 @@ class SamHead(nn.Module):
                 features[2] + self.no_mem_embed.view(1, -1, 1, 1)]
         # one picture's maps serve its G prompts: views for B = 1, copies only for B > 1
         maps = [m[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1) for m in maps]
-        # the dense prompt of "no mask", (1, D, S/16, S/16)
-        _, dense = self.sam_prompt_encoder(points=None, boxes=None, masks=None)
+        _, dense = self.sam_prompt_encoder(points=None, boxes=None, masks=None)  # for "no mask"
         logits = decoder(image_embeddings=maps[2], image_pe=self.sam_prompt_encoder.get_dense_pe(),
                          sparse_prompt_embeddings=prompts.flatten(0, 1).float(),
                          dense_prompt_embeddings=dense, multimask_output=False, repeat_image=False,

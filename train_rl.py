@@ -96,12 +96,11 @@ class RLArgs(TrainArgs):
 
 
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=12,
-                        micro_batch=8, steps=140, lr=2.5e-4, lr_context=1e-3, lr_sam=1e-4,
+                        micro_batch=6, steps=140, lr=2.5e-4, lr_context=3e-4, lr_sam=1e-4,
                         alpha=0.1, warmup=10, adam_beta2=0.99, save_every=50,
                         gradient_checkpointing=False)}
-# alpha: with the paper's 1.0, and a lower rate of the context module, the box IoU was 0.51 in the
-# place of 0.54 (docs/proof.md); Adam does not notice the factor in the context module and SAM,
-# which get no other gradient.
+# alpha: the two losses share the MLLM, whose answers should follow the rewards; the context module
+# and SAM get no other gradient, and Adam does not notice the factor there.
 
 
 # --- The sampling copy and the reference ----------------------------------------------------------
