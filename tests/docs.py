@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-# a picture of val, whose second question is "the largest red circle"
-EXAMPLE = "runs/shapes/refer_seg/images/mscoco/images/train2014/COCO_train2014_000000004328.jpg"
+# a picture of val, whose first question is "the largest red circle"
+EXAMPLE = "runs/shapes/refer_seg/images/mscoco/images/train2014/COCO_train2014_000000004340.jpg"
 COMMANDS = """
 evaluate.py --preset tiny --checkpoint runs/tiny/rl --json docs/tiny.json --markdown docs/tiny.md
 evaluate.py --curves runs/tiny/rl --output docs/curves.png
@@ -25,6 +25,7 @@ tests/picture.py --checkpoint runs/tiny/align
 tests/attention.py --checkpoint runs/tiny/rl
 tests/misguided.py --checkpoint runs/tiny/rl
 tests/walk.py runs/tiny/align
+tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl > docs/drawn.txt
 tests/test_readme.py
 """
 

@@ -373,7 +373,7 @@ def preset(report, tiny):
         subprocess.run([sys.executable, "tests/tiny/world.py", str(data)], cwd=ROOT, check=True,
                        capture_output=True)
     other = ["--device", "cuda" if CUDA else "auto"]
-    stages = {"align.py": ["--batch", "8", "--micro-batch", "4"],
+    stages = {"align.py": ["--batch", "8", "--micro-batch", "4", "--context", "own"],
               "train_rl.py": ["--batch", "4", "--micro-batch", "2", "--init", "none"]}
     steps, result = 2 if tiny else 5, {}
     with tempfile.TemporaryDirectory() as folder:

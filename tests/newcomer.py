@@ -1,6 +1,6 @@
 """The newcomer's path, timed: from a clone to an own picture segmented. By hand:
 
-    python tests/newcomer.py          # eleven minutes and 6 GB in a temporary folder
+    python tests/newcomer.py          # a quarter of an hour, 6 GB in a temporary folder
     python tests/newcomer.py FOLDER   # the same in a new folder, which stays: the pictures of docs/
                                       # are made from its runs/
 

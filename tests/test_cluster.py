@@ -206,7 +206,7 @@ STEPS, BATCH = 16, 8
 @pytest.fixture(scope="module")
 def stage_1(world):
     return ["--data", world, "--steps", STEPS, "--batch", BATCH, "--micro-batch", 4, "--workers", 2,
-            "--save-every", 100, "--max-completion", 40]
+            "--save-every", 100, "--max-completion", 40, "--context", "own"]
 
 
 @pytest.fixture(scope="module")

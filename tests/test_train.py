@@ -784,7 +784,7 @@ def test_defaults_are_of_class_preset_run_and_flags_in_this_order(aligned, tmp_p
     shared, args = parse(train_rl, train_rl.RLArgs, "--preset", "tiny", "--init", tmp_path, "--lr",
                          0.5)
     assert (shared.num_queries, shared.datasets) == (5, ["shapes"])
-    assert (args.batch, args.lr, args.group_size) == (16, 0.5, 8)
+    assert (args.batch, args.lr, args.group_size) == (12, 0.5, 8)
     shared, args = parse(evaluate, evaluate.EvaluateArgs, "--checkpoint", tmp_path)
     assert (shared.num_queries, shared.mllm) == (5, "tests/tiny/mllm")
     assert (shared.limit, args.eval_batch) == (0, 8)

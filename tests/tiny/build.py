@@ -12,10 +12,10 @@ and no script treats them apart:
     OUTPUT/sam      config.yaml, as the sam2 package writes its own, and model.pt
     OUTPUT/build.log    what both parts printed; appended to
 
-Forty minutes of one core for SAM, as many of two for the MLLM:
+An hour of one core for SAM, two of one core for the MLLM; several processes share its batches:
     torchrun --nproc_per_node=2 tests/tiny/build.py mllm --bf16 --scenes 12000
-The committed MLLM was made in several calls, as the trials went on (build.log, docs/world.md); the
-command above, which does the same in one, was not run whole.
+The committed ones were made in several calls, as the trials went on (build.log, docs/world.md); the
+commands above, which do the same in one each, were not run whole.
 
 Nothing learns from the world that world.py writes: scenes come from the same generator with seeds
 of their own. The same seed on the same machine gives the same weights.
@@ -36,9 +36,11 @@ What differs from the real models.
     Training    aids, none kept: soft labels on numbers (a near miss is nearly right), a head
                 that reads colour, shape and box off the picture tokens, one attention head told to
                 look at the thing that is spoken of, a head that draws that thing coarsely from the
-                last states; the vision tower learns alone at first; and three in four texts look
-                until the last third of the training.
+                last states, also those of random vectors behind the answer, since that is what
+                queries are in stage 1; the vision tower learns alone at first; and three in four
+                texts look until the last third of the training.
     SAM 2       no memory, and only its single-mask output is trained: never ask it for three masks.
+                It also learned to read blurred prompts (`blur_tokens`), as stage 1 begins with.
 """
 import argparse
 import functools
@@ -733,7 +735,7 @@ def build_mllm_part(args, scenes, held_out, say):
         lengths = torch.cat([(group[part] != 0).sum(-1).flatten() for group in groups])
         say(f"  tokens of {part}: {lengths.float().mean():.1f}, at most {lengths.max()}")
     model.set_attn_implementation("eager")               # the one that hands its weights out
-    soft, steps = soft_targets(tokenizer), args.steps or 5000
+    soft, steps = soft_targets(tokenizer), args.steps or 8000
 
     def losses(step):
         if step < args.see_first:
@@ -1015,7 +1017,7 @@ def help_to_find(sam):
 
 
 def build_sam_part(args, scenes, held_out, say):
-    folder, steps = Path(args.output) / "sam", args.steps or 3000
+    folder, steps = Path(args.output) / "sam", args.steps or 4500
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(SAM_CONFIG)
     torch.manual_seed(args.seed)
@@ -1130,7 +1132,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=8000, help="to train on, 150 kB each")
     parser.add_argument("--held-out", type=int, default=400, help="scenes to evaluate on")
-    parser.add_argument("--steps", type=int, help="default: mllm 5000, sam 3000")
+    parser.add_argument("--steps", type=int, help="default: mllm 8000, sam 4500")
     parser.add_argument("--batch", type=int, help="pictures; default: mllm 12, sam 16")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--every", type=int, default=500, help="steps between evaluations")

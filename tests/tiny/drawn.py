@@ -1,7 +1,8 @@
 """Ten pictures as a person would draw them to try the model, each with a question.
 
     python tests/tiny/drawn.py runs/drawn                               # writes them
-    python tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl     # and asks a finished run
+    python tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl > docs/drawn.txt    # and asks a
+                                                                        # finished run
 
 Never trained on. Plain colours, sharp edges, white, grey or black grounds, 96 to 512 pixels. They
 are written as a folder of one's own (see data.py), so that evaluate.py asks as it asks any other; a
@@ -96,7 +97,7 @@ def ask(root, checkpoint):
     script = Path(__file__).resolve().parents[2] / "evaluate.py"
     subprocess.run([sys.executable, script, "--preset", "tiny", "--checkpoint", checkpoint,
                     "--data", root, "--datasets", "drawn", "--splits", "val",
-                    "--predictions", predictions], check=True)
+                    "--predictions", predictions], check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in predictions.read_text().splitlines()]
     ious = [record["intersection"] / max(1, record["union"]) for record in records]
     for record, iou in zip(records, ious):
