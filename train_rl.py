@@ -96,11 +96,12 @@ class RLArgs(TrainArgs):
 
 
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=12,
-                        micro_batch=6, steps=140, lr=2.5e-4, lr_context=3e-4, lr_sam=1e-4,
+                        micro_batch=6, steps=140, lr=2.5e-4, lr_context=3e-5, lr_sam=1e-5,
                         alpha=0.1, warmup=10, adam_beta2=0.99, save_every=50,
                         gradient_checkpointing=False)}
 # alpha: the two losses share the MLLM, whose answers should follow the rewards; the context module
-# and SAM get no other gradient, and Adam does not notice the factor there.
+# and SAM get no other gradient, and Adam does not notice the factor there. Their own rates are low:
+# many answers name the wrong thing at first, and the loss behind these teaches the queries to guess.
 
 
 # --- The sampling copy and the reference ----------------------------------------------------------
