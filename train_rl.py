@@ -101,7 +101,7 @@ PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", bat
                         gradient_checkpointing=False)}
 # alpha: the two losses share the MLLM, whose answers should follow the rewards; the context module
 # and SAM get no other gradient, and Adam does not notice the factor there. Their own rates are low:
-# many answers name the wrong thing at first, and the loss behind these teaches the queries to guess.
+# many answers name the wrong thing at first, and the loss behind those teaches queries to guess.
 
 
 # --- The sampling copy and the reference ----------------------------------------------------------
