@@ -23,8 +23,8 @@ What to know before reading the tables:
 - "LISA-like" is the nearest that the flags give: one query and an MLP (LISA's projection),
   untrained at the start; the answer is cut after its first token, so the query reads picture and
   expression and no reasoning; lambdas and beta 0, so the segmentation loss alone trains MLLM,
-  query, MLP and SAM's decoder. It lacks LISA's text loss and its LoRA, and it speaks no box. A
-  group is two copies of one prompt.
+  query, MLP and SAM's decoder, query and MLP at stage 1's rate. It lacks LISA's text loss and its
+  LoRA, and it speaks no box. A group is two copies of one prompt.
 """
 import argparse
 import json
@@ -38,7 +38,8 @@ from proof import ENVIRONMENT, ROOT, going_on, write_world
 RUNS, LINES, PAGE = ROOT / "runs/ablate", ROOT / "docs/ablations.jsonl", ROOT / "docs/results.md"
 SEEDS = (1, 2, 3)
 NO_REWARD = "--lambda-format 0 --lambda-box 0 --lambda-mask 0"
-LISA = f"--num-queries 1 --connector mlp {NO_REWARD} --beta 0 --group-size 2"
+LISA = (f"--num-queries 1 --connector mlp {NO_REWARD} --beta 0 --group-size 2 --lr-context 1e-3 "
+        f"--lr-sam 1e-4")
 
 
 @dataclass
