@@ -168,9 +168,9 @@ def summarize(seeds, variants, limit):
 
 
 def cell(values):
-    """The mean over seeds and, in brackets, their range."""
-    spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    """The mean over seeds and, in brackets, their range, where they differ."""
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return f"{np.mean(values):.3f}" + (f" ({low}-{high})" if low != high else "")
 
 
 def table(result):
