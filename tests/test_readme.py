@@ -14,6 +14,7 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT, run
 
+import ablate
 import align
 import benchmark
 import evaluate
@@ -191,7 +192,7 @@ def filled(text):
 
 
 SHOWN = {"README.md": ["proof_summary"], "docs/speed.md": ["benchmark_summary"],
-         "docs/results.md": ["proof", "tiny", "misguided"]}
+         "docs/results.md": ["proof", "ablations", "tiny", "misguided"]}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -215,7 +216,8 @@ def read(name):
 
 def test_files_are_made_from_their_numbers():
     wrong = read("misguided")
-    made = {"proof": proof.table(read("proof")),
+    made = {"ablations": ablate.markdown(ablate.finished()),
+            "proof": proof.table(read("proof")),
             "proof_summary": proof.summary(read("proof")),
             "benchmark_summary": benchmark.summary(read("benchmark")["results"]),
             "misguided": misguided.table(wrong["means"], wrong["rows"]),
