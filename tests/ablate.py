@@ -5,7 +5,7 @@
     python tests/ablate.py table5                 # components: both stages
     python tests/ablate.py rewards group          # one seed
     python tests/ablate.py table5 --processes 2   # each training on two processes
-    python tests/ablate.py markdown               # docs/ablations.md, docs/results.md; trains nothing
+    python tests/ablate.py markdown               # docs/ablations.md and results.md; no training
 
 A training takes about as long as the main job's, on one core for each process.
 
@@ -194,10 +194,11 @@ def run_table(table, processes):
 
 # --- The tables -----------------------------------------------------------------------------------
 
-def cell(values):
-    """Mean in per cent, and the range over seeds where there are several."""
-    spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{spread}"
+def cell(key, values):
+    """Mean in per cent (tokens: as they are), and the range over seeds where there are several."""
+    values = np.array(values) * (1 if key == "completion_length" else 100)
+    spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
 
 
 def markdown(lines):
@@ -215,10 +216,12 @@ def markdown(lines):
                  "|" + "---|" * (len(columns) + 4)]
         for row in rows:
             own, cells = made[row.name], []
+            if not own:
+                continue                                     # not run yet
             for part, key in columns.values():
-                known = own and key in own[0][part]
-                cells.append(cell([line[part][key] for line in own]) if known else "")
-            steps = " + ".join(str(n) for n in own[0]["steps"].values()) if own else ""
+                known = key in own[0][part]
+                cells.append(cell(key, [line[part][key] for line in own]) if known else "")
+            steps = " + ".join(str(n) for n in own[0]["steps"].values())
             cells = [row.name, row.paper, *cells, steps, f"{len(own)} of {len(row.seeds)}"]
             text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
