@@ -288,7 +288,7 @@ def test_a_resumed_stage_2_has_the_rates_it_is_asked_for(world, aligned, inside,
     """The MLLM's rate by a flag, the context module's and SAM's as they were."""
     start, still = tmp_path / "start", tmp_path / "still"
     inside(train_rl, "--data", world, "--init", aligned, "--output", start, "--steps", 1, "--batch",
-           2, "--micro-batch", 2, "--group-size", 2, "--lr", 1e-3)
+           2, "--micro-batch", 2, "--group-size", 2, "--lr", 1e-3, "--lr-context", 3e-4)
     shutil.copytree(start, still)
     for folder, flags in (start, ()), (still, ("--lr", 1e-12)):
         before = tmp_path / f"before {folder.name}"
