@@ -90,12 +90,13 @@ EXPRESSIONS = 6                        # drawn per training scene
 SIDE = 192                             # of SAM's square picture
 SHARP = 3.0                            # of queries and keys at the start (docs/world.md)
 LOW = SIDE // 4                        # of its masks
-COARSE = 8                             # of the coarse drawing, an aid of the training
+COARSE = 16                            # of the coarse drawing, an aid of the training
 LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
 LOOKING_LAYER = 2                      # whose first head is told where to look
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 QUERIES = 8                            # random tokens behind each answer of the training
-LATE = 0.35                            # of the training: the rate falls, three in four glance
+LATE = 0.35                            # of the training, at its end: the rate falls
+TURN = 0.06                            # of the training, at its end: three in four glance
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer and processor
@@ -223,7 +224,7 @@ def make_scenes(count, name, full=False, cache=None):
     return scenes
 
 
-MLLM_READS = ("picture", "table", "cells", "cover", "low")
+MLLM_READS = ("picture", "table", "cells", "cover", "low", "shared")
 SAM_READS = ("square", "table", "corners", "shared", "low")
 
 
@@ -519,8 +520,9 @@ def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, proces
     losses["attention"] = attention_loss(weights.float(), group["cover"][scene], focus, start)
     drawn = F.adaptive_avg_pool2d(group["low"][scene].float() / 255, COARSE).flatten(2)
     guess, behind = aids.drawing(states).float(), (column < length + QUERIES).float() - counts
-    losses["drawing"] = drawing_loss(guess, drawn, focus, counts)
-    losses["queries"] = drawing_loss(guess, drawn, focus, behind)
+    shared = group["shared"][scene]
+    losses["drawing"] = drawing_loss(guess, drawn, shared, focus, counts)
+    losses["queries"] = drawing_loss(guess, drawn, shared, focus, behind)
     return losses
 
 
@@ -561,13 +563,15 @@ def attention_loss(weights, cover, focus, start):
     return (-torch.log(hit + 1e-4) * spoken).sum() / spoken.sum()
 
 
-def drawing_loss(guess, drawn, focus, counts):
+def drawing_loss(guess, drawn, shared, focus, counts):
     """The coarse drawing (B, R + 1, COARSE^2) that an answer's states give of the thing last spoken
-    of, the state at the end token included; drawn (B, THINGS, COARSE^2) is the truth."""
+    of, the state at the end token included; drawn (B, THINGS, COARSE^2) is the truth. Things that
+    share their place, shared (B, THINGS), count three times: they are hardest."""
     last = torch.cat([focus, focus[:, -1:]], 1)
     carried = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
     last = last.gather(1, carried)
     told = (last > 0).float() * F.pad(counts, (1, 0), value=1.0)
+    told = told * (1 + 2 * of_thing(shared[..., None], last)[..., 0])
     miss = F.binary_cross_entropy_with_logits(guess, of_thing(drawn, last), reduction="none")
     return (miss.mean(-1) * told).sum() / told.sum()
 
@@ -746,7 +750,7 @@ def build_mllm_part(args, scenes, held_out, say):
         if step >= args.read_until and "seen" in groups[0]:
             for group in groups:
                 del group["seen"]
-        share = 0.25 if step > (1 - LATE) * steps else args.early_looks
+        share = 0.25 if step > (1 - TURN) * steps else args.early_looks
         group, *batch = draw_batch(groups, share, args.batch or 12, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             named = mllm_losses(model, aids, soft, group, *batch, processor)
