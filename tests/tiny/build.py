@@ -38,7 +38,7 @@ What differs from the real models.
                 look at the thing that is spoken of, a head that draws that thing coarsely from the
                 last states, also those of random vectors behind the answer, since that is what
                 queries are in stage 1; the vision tower learns alone at first; and three in four
-                texts look until the last third of the training.
+                texts look nearly to the end of the training.
     SAM 2       no memory, and only its single-mask output is trained: never ask it for three masks.
                 It also learned to read blurred prompts (`blur_tokens`), as stage 1 begins with.
 """
@@ -96,7 +96,7 @@ LOOKING_LAYER = 2                      # whose first head is told where to look
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 QUERIES = 8                            # random tokens behind each answer of the training
 LATE = 0.35                            # of the training, at its end: the rate falls
-TURN = 0.06                            # of the training, at its end: three in four glance
+GLANCING = 0.04                        # of the training, at its end: three in four glance
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer and processor
@@ -489,9 +489,9 @@ class Aids(torch.nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 4)
+        self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 6)
         self.places = torch.nn.Linear(width, 4)
-        self.drawing = torch.nn.Linear(width, COARSE ** 2)
+        self.drawing = torch.nn.Linear(width, COARSE ** 2 + 2)
 
 
 def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, processor):
@@ -519,6 +519,7 @@ def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, proces
     losses["places"] = 10 * miss[truth[..., 0] > 0].mean()
     losses["attention"] = attention_loss(weights.float(), group["cover"][scene], focus, start)
     drawn = F.adaptive_avg_pool2d(group["low"][scene].float() / 255, COARSE).flatten(2)
+    drawn = torch.cat([drawn, (1 + group["turn"][scene]) / 2], -1)
     guess, behind = aids.drawing(states).float(), (column < length + QUERIES).float() - counts
     shared = group["shared"][scene]
     losses["drawing"] = drawing_loss(guess, drawn, shared, focus, counts)
@@ -564,16 +565,31 @@ def attention_loss(weights, cover, focus, start):
 
 
 def drawing_loss(guess, drawn, shared, focus, counts):
-    """The coarse drawing (B, R + 1, COARSE^2) that an answer's states give of the thing last spoken
-    of, the state at the end token included; drawn (B, THINGS, COARSE^2) is the truth. Things that
-    share their place, shared (B, THINGS), count three times: they are hardest."""
+    """The coarse drawing (B, R + 1, COARSE^2 + 2) that an answer's states give of the thing last
+    spoken of, its turn behind it, the state at the end token included; drawn (B, THINGS, as many)
+    is the truth. Things that share their place, shared (B, THINGS), count three times: they are
+    hardest."""
     last = torch.cat([focus, focus[:, -1:]], 1)
     carried = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
     last = last.gather(1, carried)
     told = (last > 0).float() * F.pad(counts, (1, 0), value=1.0)
     told = told * (1 + 2 * of_thing(shared[..., None], last)[..., 0])
     miss = F.binary_cross_entropy_with_logits(guess, of_thing(drawn, last), reduction="none")
-    return (miss.mean(-1) * told).sum() / told.sum()
+    miss = miss[..., :-2].mean(-1) + miss[..., -2:].mean(-1)
+    return (miss * told).sum() / told.sum()
+
+
+def turns_of(low):
+    """Masks (B, THINGS, LOW, LOW) -> which way each is longer, (B, THINGS, 2) in [-1, 1]: across
+    (1) or down (-1), and from the upper left (1) or from the lower left (-1). Of two crossing bars
+    nothing else differs but the colour."""
+    weights = low.flatten(2).float() + 1e-9
+    weights = weights / weights.sum(-1, keepdim=True)            # (B, THINGS, LOW * LOW)
+    index = torch.arange(LOW * LOW)
+    x, y = (index % LOW).float(), (index // LOW).float()
+    x, y = (v - (weights @ v)[..., None] for v in (x, y))        # from the mask's centre
+    xx, yy, xy = ((weights * a * b).sum(-1) for a, b in ((x, x), (y, y), (x, y)))
+    return torch.stack([xx - yy, 2 * xy], -1) / (xx + yy + 1e-6)[..., None]
 
 
 def of_cells(group, scene):
@@ -584,18 +600,20 @@ def of_cells(group, scene):
 
 
 def cell_loss(guess, group, distinct):
-    """What stands in each cell of the picture: colour, shape, and how far it reaches from the
-    cell's centre to all sides; or nothing."""
+    """What stands in each cell of the picture: colour, shape, how far it reaches from the cell's
+    centre to all sides, and its turn; or nothing."""
     truth = of_cells(group, distinct)
     columns = group["picture"].shape[2] // CELL
     cell = torch.arange(truth.shape[1])
     centre = CELL * torch.stack([cell % columns, cell // columns], -1) + CELL / 2     # (cells, 2)
     reach = (truth[..., 2:] - centre.repeat(1, 2)) / (2 * CELL)
-    color, shape, box = guess.split([1 + len(world.COLORS), 1 + len(world.SHAPES), 4], -1)
+    color, shape, box, turn = guess.split([1 + len(world.COLORS), 1 + len(world.SHAPES), 4, 2], -1)
     there = truth[..., 0] > 0
+    thing = group["cells"][distinct].long()
+    wrong = (turn - of_thing(group["turn"][distinct], thing)).abs().mean(-1)
     return (F.cross_entropy(color.flatten(0, 1), truth[..., 0].flatten())
             + F.cross_entropy(shape.flatten(0, 1), truth[..., 1].flatten())
-            + (box - reach).abs().mean(-1)[there].mean())
+            + (box - reach).abs().mean(-1)[there].mean() + wrong[there].mean())
 
 
 def draw_batch(groups, share, pictures, questions):
@@ -716,6 +734,7 @@ def group_scenes(scenes, processor, name):
     groups = []
     for size, some in sorted(sizes.items()):
         group = {**stack(some, MLLM_READS), **make_samples(some, processor, f"{name} {size}")}
+        group["turn"] = torch.cat([turns_of(part) for part in group["low"].split(200)])
         group["longer"] = group["look"].shape[-1] - group["glance"].shape[-1]
         if group["longer"] >= 0 and len(some) >= 4:              # a rare size teaches little
             groups.append(group)
@@ -750,7 +769,7 @@ def build_mllm_part(args, scenes, held_out, say):
         if step >= args.read_until and "seen" in groups[0]:
             for group in groups:
                 del group["seen"]
-        share = 0.25 if step > (1 - TURN) * steps else args.early_looks
+        share = 0.25 if step > (1 - GLANCING) * steps else args.early_looks
         group, *batch = draw_batch(groups, share, args.batch or 12, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             named = mllm_losses(model, aids, soft, group, *batch, processor)
