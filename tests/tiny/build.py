@@ -224,7 +224,7 @@ def make_scenes(count, name, full=False, cache=None):
     return scenes
 
 
-MLLM_READS = ("picture", "table", "cells", "cover", "low", "shared")
+MLLM_READS = ("picture", "table", "cells", "cover", "low", "shared", "corners")
 SAM_READS = ("square", "table", "corners", "shared", "low")
 
 
@@ -491,7 +491,7 @@ class Aids(torch.nn.Module):
         super().__init__()
         self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 6)
         self.places = torch.nn.Linear(width, 4)
-        self.drawing = torch.nn.Linear(width, COARSE ** 2 + 2)
+        self.drawing = torch.nn.Linear(width, COARSE ** 2 + 10)
 
 
 def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, processor):
@@ -519,7 +519,8 @@ def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, proces
     losses["places"] = 10 * miss[truth[..., 0] > 0].mean()
     losses["attention"] = attention_loss(weights.float(), group["cover"][scene], focus, start)
     drawn = F.adaptive_avg_pool2d(group["low"][scene].float() / 255, COARSE).flatten(2)
-    drawn = torch.cat([drawn, (1 + group["turn"][scene]) / 2], -1)
+    drawn = torch.cat([drawn, (1 + group["turn"][scene]) / 2, group["halves"][scene],
+                       group["corners"][scene] / SIDE], -1)
     guess, behind = aids.drawing(states).float(), (column < length + QUERIES).float() - counts
     shared = group["shared"][scene]
     losses["drawing"] = drawing_loss(guess, drawn, shared, focus, counts)
@@ -565,18 +566,19 @@ def attention_loss(weights, cover, focus, start):
 
 
 def drawing_loss(guess, drawn, shared, focus, counts):
-    """The coarse drawing (B, R + 1, COARSE^2 + 2) that an answer's states give of the thing last
-    spoken of, its turn behind it, the state at the end token included; drawn (B, THINGS, as many)
-    is the truth. Things that share their place, shared (B, THINGS), count three times: they are
-    hardest."""
+    """The coarse drawing (B, R + 1, COARSE^2 + 10) that an answer's states give of the thing last
+    spoken of, the state at the end token included; behind it the thing's turn, where its left and
+    its right half lie, and its box. drawn (B, THINGS, as many) is the truth. Things that share
+    their place, shared (B, THINGS), count three times: they are hardest."""
     last = torch.cat([focus, focus[:, -1:]], 1)
     carried = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
     last = last.gather(1, carried)
     told = (last > 0).float() * F.pad(counts, (1, 0), value=1.0)
     told = told * (1 + 2 * of_thing(shared[..., None], last)[..., 0])
     miss = F.binary_cross_entropy_with_logits(guess, of_thing(drawn, last), reduction="none")
-    miss = miss[..., :-2].mean(-1) + miss[..., -2:].mean(-1)
-    return (miss * told).sum() / told.sum()
+    miss = miss[..., :-10].mean(-1) + miss[..., -10:-8].mean(-1)
+    off = (guess[..., -8:] - of_thing(drawn[..., -8:], last)).abs().mean(-1)
+    return ((miss + 5 * off) * told).sum() / told.sum()
 
 
 def turns_of(low):
@@ -590,6 +592,20 @@ def turns_of(low):
     x, y = (v - (weights @ v)[..., None] for v in (x, y))        # from the mask's centre
     xx, yy, xy = ((weights * a * b).sum(-1) for a, b in ((x, x), (y, y), (x, y)))
     return torch.stack([xx - yy, 2 * xy], -1) / (xx + yy + 1e-6)[..., None]
+
+
+def halves_of(low):
+    """Masks (B, THINGS, LOW, LOW) -> the centres of their left and right halves, x, y, x, y, as a
+    share of the picture, (B, THINGS, 4). Of a bar that leans they lie on its two arms."""
+    weights = low.flatten(2).float() + 1e-9                      # (B, THINGS, LOW * LOW)
+    index = torch.arange(LOW * LOW)
+    x, y = (index % LOW + 0.5) / LOW, (index // LOW + 0.5) / LOW
+    middle = (weights @ x / weights.sum(-1))[..., None]
+    found = []
+    for side in (x <= middle, x > middle):
+        half = weights * side
+        found += [half @ v / half.sum(-1).clamp(min=1e-6) for v in (x, y)]
+    return torch.stack(found, -1)
 
 
 def of_cells(group, scene):
@@ -734,7 +750,8 @@ def group_scenes(scenes, processor, name):
     groups = []
     for size, some in sorted(sizes.items()):
         group = {**stack(some, MLLM_READS), **make_samples(some, processor, f"{name} {size}")}
-        group["turn"] = torch.cat([turns_of(part) for part in group["low"].split(200)])
+        for name, of in (("turn", turns_of), ("halves", halves_of)):
+            group[name] = torch.cat([of(part) for part in group["low"].split(200)])
         group["longer"] = group["look"].shape[-1] - group["glance"].shape[-1]
         if group["longer"] >= 0 and len(some) >= 4:              # a rare size teaches little
             groups.append(group)
