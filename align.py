@@ -1,7 +1,7 @@
 """Stage 1, alignment (Eq. 5): the context queries and the connector learn to prompt SAM 2.
 
     python tests/tiny/world.py runs/shapes                         # the laptop's pictures, once
-    python align.py --preset tiny                                  # a laptop, about two minutes
+    torchrun --nproc_per_node=2 align.py --preset tiny             # a laptop, about three minutes
     torchrun --nproc_per_node=16 align.py --output runs/align      # the paper's settings (Table A1)
     torchrun --nproc_per_node=16 align.py --output runs/align --resume
 
@@ -160,7 +160,7 @@ class AlignArgs(TrainArgs):
 MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}, "3b": {"mllm": SharedArgs.mllm}}
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", data="runs/shapes", datasets=["shapes"],
             num_queries=8, connector_heads=4, max_completion=104, precision="fp32", workers=0)
-PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=32, steps=200,
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=16, steps=400,
                         lr=1e-3, warmup=10, save_every=50, context="true")}
 PROFILES = {"paper": {}, "released": dict(
     prompt="released", positions="1d", multimask=True, prompt_tokens="one", max_pixels=1_000_000,
