@@ -424,7 +424,7 @@ def wrapped(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a finished run's folder, of stage 1 or stage 2")
-    parser.add_argument("--row", type=int, default=42, help="row of val")
+    parser.add_argument("--row", type=int, default=69, help="row of val")
     parser.add_argument("--group-size", type=int, default=4, help="G, answers to show")
     parser.add_argument("--output", default=str(ROOT / "docs"), help="folder of walk.md, walk.png")
     args = parser.parse_args()
