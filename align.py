@@ -1,7 +1,7 @@
 """Stage 1, alignment (Eq. 5): the context queries and the connector learn to prompt SAM 2.
 
     python tests/tiny/world.py runs/shapes                         # the laptop's pictures, once
-    torchrun --nproc_per_node=2 align.py --preset tiny             # a laptop, about three minutes
+    torchrun --nproc_per_node=2 align.py --preset tiny             # a laptop, about four minutes
     torchrun --nproc_per_node=16 align.py --output runs/align      # the paper's settings (Table A1)
     torchrun --nproc_per_node=16 align.py --output runs/align --resume
 

@@ -750,8 +750,8 @@ def group_scenes(scenes, processor, name):
     groups = []
     for size, some in sorted(sizes.items()):
         group = {**stack(some, MLLM_READS), **make_samples(some, processor, f"{name} {size}")}
-        for name, of in (("turn", turns_of), ("halves", halves_of)):
-            group[name] = torch.cat([of(part) for part in group["low"].split(200)])
+        for aid, of in (("turn", turns_of), ("halves", halves_of)):
+            group[aid] = torch.cat([of(part) for part in group["low"].split(200)])
         group["longer"] = group["look"].shape[-1] - group["glance"].shape[-1]
         if group["longer"] >= 0 and len(some) >= 4:              # a rare size teaches little
             groups.append(group)
