@@ -91,6 +91,7 @@ SIDE = 192                             # of SAM's square picture
 SHARP = 3.0                            # of queries and keys at the start (docs/world.md)
 LOW = SIDE // 4                        # of its masks
 COARSE = 16                            # of the coarse drawing, an aid of the training
+DRAWN = COARSE ** 2, 2, 8              # what that aid tells: cells; turn; halves and box
 LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
 LOOKING_LAYER = 2                      # whose first head is told where to look
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -491,7 +492,7 @@ class Aids(torch.nn.Module):
         super().__init__()
         self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 6)
         self.places = torch.nn.Linear(width, 4)
-        self.drawing = torch.nn.Linear(width, COARSE ** 2 + 10)
+        self.drawing = torch.nn.Linear(width, sum(DRAWN))
 
 
 def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, processor):
@@ -566,7 +567,7 @@ def attention_loss(weights, cover, focus, start):
 
 
 def drawing_loss(guess, drawn, shared, focus, counts):
-    """The coarse drawing (B, R + 1, COARSE^2 + 10) that an answer's states give of the thing last
+    """The coarse drawing (B, R + 1, sum(DRAWN)) that an answer's states give of the thing last
     spoken of, the state at the end token included; behind it the thing's turn, where its left and
     its right half lie, and its box. drawn (B, THINGS, as many) is the truth. Things that share
     their place, shared (B, THINGS), count three times: they are hardest."""
@@ -575,9 +576,10 @@ def drawing_loss(guess, drawn, shared, focus, counts):
     last = last.gather(1, carried)
     told = (last > 0).float() * F.pad(counts, (1, 0), value=1.0)
     told = told * (1 + 2 * of_thing(shared[..., None], last)[..., 0])
-    miss = F.binary_cross_entropy_with_logits(guess, of_thing(drawn, last), reduction="none")
-    miss = miss[..., :-10].mean(-1) + miss[..., -10:-8].mean(-1)
-    off = (guess[..., -8:] - of_thing(drawn[..., -8:], last)).abs().mean(-1)
+    (cells, turn, places), truth = guess.split(DRAWN, -1), of_thing(drawn, last).split(DRAWN, -1)
+    miss = sum(F.binary_cross_entropy_with_logits(part, true, reduction="none").mean(-1)
+               for part, true in ((cells, truth[0]), (turn, truth[1])))
+    off = (places - truth[2]).abs().mean(-1)
     return ((miss + 5 * off) * told).sum() / told.sum()
 
 
