@@ -1,16 +1,15 @@
 """RL that goes wrong, on purpose: what three failures look like in metrics.jsonl. By hand:
 
-    python tests/failures.py     # from runs/tiny/align; ten minutes of one core; needs matplotlib
+    python tests/failures.py     # from runs/tiny/align; 25 minutes of one core; needs matplotlib
 
-Writes docs/failures.{json,md,png}. Each is the tiny preset's stage 2 for 100 steps and one change:
+Writes docs/failures.{json,md,png}. Each is the tiny preset's stage 2 for 100 steps and one cause:
 
-    format collapse       --max-completion 20: every answer is cut before its end, so no format is
-                          whole
-    length blow-up        --lr 3e-3 --beta 0: steps too large and no KL to hold them; the language
-                          falls apart
-    full-picture boxes    --iou-power 0.02 and only the box rewarded, without KL, hot sampling: a
-                          reward that asks only whether the boxes touch, so that a large one, never
-                          quite wrong, pays more than a tight one
+    no room           --max-completion 20: a look does not fit, so the model shortens its
+                      reasoning to nothing and never learns to look
+    steps too large   --lr 3e-3 --beta 0: no KL holds the model, and it ends with nearly one
+                      answer for every picture, in a perfect format
+    format alone      --lambda-box 0 --lambda-mask 0: soon every answer has the format and the same
+                      reward (zero_variance), and nothing else is learned
 
 Beside the healthy run of the same length, a table of the last 25 steps, and IoU and area of the
 sampled boxes on 200 rows.
@@ -30,10 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/failures"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CAUSES = {"healthy": "",
-          "format collapse": "--max-completion 20",
-          "length blow-up": "--lr 3e-3 --beta 0",
-          "full-picture boxes": "--iou-power 0.02 --lambda-format 0 --lambda-mask 0 --alpha 0 "
-                                "--beta 0 --lr 1e-3 --temperature 1.5"}
+          "no room": "--max-completion 20",
+          "steps too large": "--lr 3e-3 --beta 0",
+          "format alone": "--lambda-box 0 --lambda-mask 0"}
 COLUMNS = ["reward", "reward_format", "reward_box", "completion_length", "entropy", "kl",
            "zero_variance", "grad_norm"]
 
@@ -82,8 +80,8 @@ def main():
             smooth = np.convolve(values, np.ones(5) / 5, "valid")
             axis.plot(smooth, label=name, linewidth=1)
             axis.set_title(column, fontsize=9)
-    axes.flat[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncol=4)
     figure.savefig(ROOT / "docs/failures.png", dpi=70)
     (ROOT / "docs/failures.json").write_text(json.dumps(summary, indent=1) + "\n")
     (ROOT / "docs/failures.md").write_text("\n".join(lines) + "\n")

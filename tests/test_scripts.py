@@ -162,6 +162,9 @@ def test_ablation_table():
     assert row in made
     assert "| MLP |" not in made and "Table 3" not in made and "2 of 3" in made
     assert ablate.cell("completion_length", [38.0, 41.0]) == "39.5 (38.0-41.0)"
+    scores = {"val: apart": {"giou": 1.0, "n": 70}, "val: crosses": {"giou": 0.5, "n": 10},
+              "val: hides": {"giou": 0.7, "n": 5}, "val: nests": {"giou": 0.3, "n": 5}}
+    assert ablate.shared_giou(scores) == pytest.approx((0.5 * 10 + 0.7 * 5 + 0.3 * 5) / 20)
 
 
 @pytest.mark.parametrize("table", ablate.TABLES)
@@ -191,7 +194,6 @@ def test_the_stand_ins_can_be_built_again(tmp_path):
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert mllm.config.model_type == "qwen2_5_vl"
     assert model.load_sam(str(tmp_path / "sam")).image_size == build.SIDE
-
 
 
 def test_the_share_that_looks():
