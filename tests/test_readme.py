@@ -192,7 +192,7 @@ def filled(text):
 
 
 SHOWN = {"README.md": ["proof_summary"], "docs/speed.md": ["benchmark_summary"],
-         "docs/results.md": ["proof", "ablations", "tiny", "misguided"]}
+         "docs/results.md": ["proof", "ablations", "failures", "tiny", "misguided"]}
 
 
 @pytest.mark.parametrize("name", PAGES)
