@@ -15,19 +15,13 @@ Beside the healthy run of the same length, a table of the last 25 steps, and IoU
 sampled boxes on 200 rows.
 """
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot
+from proof import ENVIRONMENT, ROOT, going_on
 
-from proof import going_on
-
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/failures"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CAUSES = {"healthy": "",
           "no room": "--max-completion 20",
           "steps too large": "--lr 3e-3 --beta 0",
@@ -50,42 +44,55 @@ def measure(name, flags):
         call("train_rl.py", "--steps", 100, "--output", folder, *flags.split(), *going_on(folder))
     call("evaluate.py", "--checkpoint", folder, "--sample", "--limit", 200,
          "--predictions", rows)
-    areas, answers = [], [json.loads(line) for line in rows.read_text().splitlines()]
+    answers = [json.loads(line) for line in rows.read_text().splitlines()]
+    areas = []
     for row in answers:
-        x1, y1, x2, y2 = np.clip(row["box"] or [0, 0, 0, 0], 0, row["mask"]["size"][0])
-        areas.append(max(x2 - x1, 0) * max(y2 - y1, 0) / np.prod(row["mask"]["size"]))
+        H, W = row["mask"]["size"]
+        x1, y1, x2, y2 = np.clip(row["box"] or [0, 0, 0, 0], 0, [W, H, W, H])
+        areas.append(max(x2 - x1, 0) * max(y2 - y1, 0) / (H * W))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ious = [row["box_iou"] for row in answers]
     return metrics, float(np.mean(ious)), float(np.mean(areas))
 
 
-def main():
-    RUNS.mkdir(parents=True, exist_ok=True)
-    found = {name: measure(name, flags) for name, flags in CAUSES.items()}
+def table(summary):
     lines = ["Stage 2 of the tiny preset, 100 steps; means of the last 25, and IoU and area of "
              "sampled boxes on 200 rows. Made by `python tests/failures.py`.", "",
              "| | cause | " + " | ".join(COLUMNS) + " | IoU of boxes | area of boxes |",
              "|" + "---|" * (len(COLUMNS) + 4)]
+    for name, row in summary.items():
+        cause = f"`{row['flags']}`" if row["flags"] else ""
+        numbers = [f"{row[column]:.2f}" for column in (*COLUMNS, "box_iou", "area")]
+        lines.append("| " + " | ".join([name, cause, *numbers]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(curves, path):
+    """curves: {name: the run's lines of metrics.jsonl}"""
+    from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 5))
-    summary = {}
-    for name, (metrics, iou, area) in found.items():
-        means = {column: float(np.mean([row[column] for row in metrics[-25:]]))
-                 for column in COLUMNS}
-        summary[name] = {"flags": CAUSES[name], **means, "box_iou": iou, "area": area}
-        cause = f"`{CAUSES[name]}`" if CAUSES[name] else ""
-        cells = [name, cause, *(f"{means[c]:.2f}" for c in COLUMNS), f"{iou:.2f}", f"{area:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-        for axis, column in zip(axes.flat, COLUMNS):
-            values = [row[column] for row in metrics]
-            smooth = np.convolve(values, np.ones(5) / 5, "valid")
+    for axis, column in zip(axes.flat, COLUMNS, strict=True):
+        for name, metrics in curves.items():
+            smooth = np.convolve([row[column] for row in metrics], np.ones(5) / 5, "valid")
             axis.plot(smooth, label=name, linewidth=1)
-            axis.set_title(column, fontsize=9)
+        axis.set_title(column, fontsize=9)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncol=4)
-    figure.savefig(ROOT / "docs/failures.png", dpi=70)
+    figure.savefig(path, dpi=70)
+
+
+def main():
+    RUNS.mkdir(parents=True, exist_ok=True)
+    curves, summary = {}, {}
+    for name, flags in CAUSES.items():
+        curves[name], iou, area = measure(name, flags)
+        means = {column: float(np.mean([row[column] for row in curves[name][-25:]]))
+                 for column in COLUMNS}
+        summary[name] = {"flags": flags, **means, "box_iou": iou, "area": area}
+    draw(curves, ROOT / "docs/failures.png")
     (ROOT / "docs/failures.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (ROOT / "docs/failures.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    (ROOT / "docs/failures.md").write_text(table(summary))
+    print(table(summary))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_rl
+from proof import LOOKS
 
 RUN = ROOT / "runs/habit"
-LOOKS = "<think>\nThe"                 # the first words of an answer that looks
 VAL_EVERY, VAL_ROWS = 10, 200
 
 

@@ -18,6 +18,7 @@ import ablate
 import align
 import benchmark
 import evaluate
+import failures
 import grpo
 import misguided
 import model
@@ -219,6 +220,7 @@ def test_files_are_made_from_their_numbers():
     made = {"ablations": ablate.markdown(ablate.finished()),
             "proof": proof.table(read("proof")),
             "proof_summary": proof.summary(read("proof")),
+            "failures": failures.table(read("failures")),
             "benchmark_summary": benchmark.summary(read("benchmark")["results"]),
             "misguided": misguided.table(wrong["means"], wrong["rows"]),
             "tiny": evaluate.as_text(read("tiny"))}
