@@ -14,8 +14,7 @@ response, and RefCOCO holds none, so there are two ways to get one (`--context`)
            made once, before the first step, and kept in OUTPUT/answers.*.jsonl.
     true   an answer block with the true box, without reasoning, as the released code forces it.
 
-What any training run needs stands here too, and train_rl.py imports it: settings, processes, FSDP2,
-checkpoints, schedule, metrics.
+train_rl.py imports from here what any run needs: settings, processes, FSDP2, checkpoints, metrics.
 """
 import argparse
 import hashlib
@@ -219,6 +218,7 @@ def run(main):
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another is still in a collective
         dist.destroy_process_group()
+        time.sleep(0.1)  # gloo's threads still let go of tensors; in Python's end they would abort
 
 
 # --- Processes and FSDP2 --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ On an otherwise idle machine with two cores; writes docs/newcomer.json and docs/
 the README's set-up and its main job in a fresh clone and a fresh environment, then draws a picture
 of its own, 300 x 220 pixels on white, and segments it with the README's last command.
 """
+import argparse
 import contextlib
 import json
 import os
@@ -42,6 +43,9 @@ def bash_block(readme, start):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", help="stays; default: a temporary one")
+    folder = parser.parse_args().folder
     readme = (ROOT / "README.md").read_text()
     setup, begin, job = bash_block(readme, "python3 -m venv").partition("python tests/tiny/")
     setup, job = setup.rstrip(" &"), begin + job
@@ -55,7 +59,7 @@ def main():
                    if not name.startswith(("PYTHON", "VIRTUAL", "OMP"))}
     seconds = {}
     with contextlib.ExitStack() as place:
-        clone = (sys.argv[1:] or [place.enter_context(tempfile.TemporaryDirectory())])[0]
+        clone = folder or place.enter_context(tempfile.TemporaryDirectory())
         Path(clone).mkdir(exist_ok=True)
         for name, command in commands.items():
             if name == "own picture":

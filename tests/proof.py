@@ -1,4 +1,4 @@
-"""The proof on the laptop: does stage 2 do what it claims? Three seeds, two controls. By hand:
+"""The proof on the laptop: does stage 2 do what it claims? Three seeds, three controls. By hand:
 
     python tests/proof.py                # an hour on two cores; goes on where it stopped
     python tests/proof.py --seeds 1      # one seed
@@ -10,11 +10,14 @@ sampled:
     (c) stage 2   train_rl.py from (b)
     (d) control   stage 1 continued for as many picture passes as stage 2 had
     (e) control   stage 2 with all lambdas 0: the segmentation loss (and the KL) alone
+    (f) control   the language model alone, without queries, trained by format and box; its box goes
+                  into the untouched SAM 2 (the way of Seg-Zero)
 Each evaluation also puts the box that the answer names into the untouched SAM 2. Stage 1 does not
 change the answers, so that (b)'s boxes are those of the stand-ins as they come: (a).
 
 Writes docs/proof.json (every mean, and paired bootstraps over objects), docs/proof.md (the tables)
-and docs/proof_summary.md (the short one). A gain is RL's only where (c) beats (b), (d) and (e).
+and docs/proof_summary.md (the short one). A gain is RL's only where (c) beats (b), (d) and (e); it
+is the queries' only where (c) beats (f).
 """
 import argparse
 import json
@@ -31,8 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs/proof"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}         # two runs side by side on two cores
 NO_REWARD = ("--lambda-format", "0", "--lambda-box", "0", "--lambda-mask", "0")
+NO_QUERIES = ("--init", "none", "--lambda-mask", "0", "--alpha", "0")
 NAMES = {"align": "(b) after stage 1", "longer": "(d) stage 1 continued",
-         "no_reward": "(e) stage 2, all lambdas 0", "rl": "(c) after stage 2"}
+         "no_reward": "(e) stage 2, all lambdas 0", "rl": "(c) after stage 2",
+         "box_only": "(f) no queries, box into SAM"}
 MODES = ("greedy", "sampled")
 LOOKS = "<think>\nThe"                 # the first words of an answer that looks (docs/world.md)
 SHARED = ("crosses", "nests", "hides")                       # layouts in which things share a place
@@ -45,11 +50,12 @@ GAINS += [("(c) - (e), mask IoU, chains of two", ("rl", "giou"), ("no_reward", "
           ("(b) - its box into SAM, mask IoU", ("align", "giou"), ("align", "box_giou"), "all"),
           ("(c) - its box into SAM, mask IoU", ("rl", "giou"), ("rl", "box_giou"), "all"),
           ("(c) - its box into SAM, mask IoU, things that share a place", ("rl", "giou"),
-           ("rl", "box_giou"), "shared")]
+           ("rl", "box_giou"), "shared"),
+          ("(c) - (f), mask IoU", ("rl", "giou"), ("box_only", "giou"), "all"),
+          ("(c) - (f), mask IoU, things that share a place", ("rl", "giou"), ("box_only", "giou"),
+           "shared")]
 COLUMNS = {"looks": "looks", "format": "format", "box_iou": "box IoU", "acc50": "Acc@0.5",
            "giou": "mask IoU", "box_giou": "its box into SAM"}
-
-
 PARTS = {"acc50": "Acc@0.5", "giou": "mask", "box_giou": "box into SAM"}
 
 
@@ -108,10 +114,11 @@ def outcomes(name, seed, mode):
     lines = (RUNS / f"{name}-{seed}.{mode}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     box = np.array([row["box_iou"] for row in rows])
+    way = "box_prompt" if name == "box_only" else "context"      # what draws this variant's mask
     return {"looks": np.array([float(row["answer"].startswith(LOOKS)) for row in rows]),
             "format": np.array([float(row["format"]) for row in rows]),
             "box_iou": box, "acc50": (box > 0.5).astype(float),
-            "giou": share([row["counts"]["context"] for row in rows]),
+            "giou": share([row["counts"][way] for row in rows]),
             "box_giou": share([row["counts"]["box_prompt"] for row in rows]),
             "object": [row["key"].rpartition("/")[0] for row in rows],
             "groups": [(row["kind"], row["layout"]) for row in rows]}
@@ -183,11 +190,13 @@ def table(result):
             rows = [result["means"][f"{name}-{seed} {mode}"] for seed in seeds]
             cells = [cell([row[column] for row in rows]) for column in COLUMNS]
             lines.append(f"| {NAMES[name]} | {mode} | " + " | ".join(cells) + " |")
-    columns = [f"{NAMES[name][:3]} {title}" for title in PARTS.values() for name in names]
+    shown = [(name, column) for column in PARTS for name in names
+             if (name, column) != ("box_only", "box_giou")]      # its masks already
+    columns = [f"{NAMES[name][:3]} {PARTS[column]}" for name, column in shown]
     lines += ["", "Greedy, by kind of expression and by layout of the object, mean over seeds:", "",
               "| | rows | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
     for group, part in result["parts"].items():
-        cells = [f"{part[name][column]:.3f}" for column in PARTS for name in names]
+        cells = [f"{part[name][column]:.3f}" for name, column in shown]
         lines.append(f"| {group} | {part['n']} | " + " | ".join(cells) + " |")
     lines += ["", "Gains, greedy, row by row, with 95 % intervals over objects drawn anew:", "",
               "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
@@ -231,7 +240,8 @@ def main():
     wait([(train, "align.py", "align", seed) for seed in args.seeds])
     wait([job for seed in args.seeds for job in
           ((train, "train_rl.py", "rl", seed, *start(seed)),
-           (train, "train_rl.py", "no_reward", seed, *start(seed), *NO_REWARD))])
+           (train, "train_rl.py", "no_reward", seed, *start(seed), *NO_REWARD),
+           (train, "train_rl.py", "box_only", seed, *NO_QUERIES))])
     # as many passes over pictures as stage 2 had
     steps, batch = steps_of("rl", args.seeds[0])
     _, align_batch = steps_of("align", args.seeds[0])

@@ -1902,20 +1902,25 @@ def test_a_missing_world_is_an_error_that_names_the_command(tmp_path):
     assert list(tmp_path.iterdir()) == []                                       # nothing is written
     shapes_world.write_shapes_world(root, splits={"val": 2})
     assert len(read()) == 2
+    shapes_world.write_shapes_world(root, splits={"val": 3})                    # what is there stays
+    assert len(read()) == 2
 
 
 def test_the_world_from_the_command_line(tmp_path):
     done = run(sys.executable, "tests/tiny/world.py", check=False)
-    assert done.returncode and "python tests/tiny/world.py FOLDER" in done.stderr
+    assert done.returncode and "python tests/tiny/world.py [-h] FOLDER" in done.stderr
+    done = run(sys.executable, ROOT / "tests/tiny/world.py", "--help", cwd=tmp_path)
+    assert "FOLDER" in done.stdout and list(tmp_path.iterdir()) == []
     Refer(tmp_path)
     done = run(sys.executable, "tests/tiny/world.py", tmp_path, check=False)
     assert done.returncode and "folder of its own" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_world_does_not_take_the_place_of_real_data(tmp_path):
+def test_the_world_does_not_take_the_place_of_real_data(tmp_path, monkeypatch):
     Refer(tmp_path)
     before = files(tmp_path)
     write = lambda: shapes_world.write_shapes_world(tmp_path, splits={"train": 1})
+    monkeypatch.setattr(shapes_world, "scenes", None)            # refused before any work
     refuses(write, tmp_path / "refer_seg", "folder of its own")
     assert files(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["refer_seg"]

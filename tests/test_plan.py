@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
                           Qwen2VLConfig, Qwen2VLForConditionalGeneration)
 
+import align
 import cluster
 import model
 import plan
@@ -323,8 +324,6 @@ def main(out):
     dist.all_gather_object(both, exact)
     if rank == 0:
         torch.save((both, exact_parts(z, args), seen.bytes, plan.communication(z, args)), out)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # --- Arithmetic: against torch's own counter, within 3 % ------------------------------------------
@@ -385,7 +384,7 @@ def test_page():
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    align.run(lambda: main(*sys.argv[1:]))
 
 
 def test_the_dry_run_of_a_tiny_model():

@@ -231,7 +231,7 @@ def test_the_proofs_numbers(tmp_path, monkeypatch):
     better = [proof_row("a/1/0", look, 0.8, [3, 4], [1, 4], "chain", "crosses"),
               proof_row("a/1/1", look, 0.6, [1, 2], [1, 2], "size", "crosses"),
               proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")]
-    worse = [proof_row("a/1/0", glance, 0.4, [1, 4], [1, 4], "chain", "crosses"),
+    worse = [proof_row("a/1/0", glance, 0.4, [1, 4], [1, 2], "chain", "crosses"),
              proof_row("a/1/1", glance, 0.6, [1, 4], [1, 4], "size", "crosses"),
              proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")]
     for name in proof.NAMES:
@@ -248,6 +248,11 @@ def test_the_proofs_numbers(tmp_path, monkeypatch):
     chains = found["gains"]["(c) - (e), mask IoU, chains of two"]["1"]
     assert chains[0] == pytest.approx(0.5, abs=1e-3)
     shared = "(c) - its box into SAM, mask IoU, things that share a place"
+    assert found["gains"][shared]["1"][0] == pytest.approx(0.25, abs=1e-3)
+    # (f) draws with its boxes: 1/2, 1/4, 1; (c) with its queries: 3/4, 1/2, 1
+    assert found["means"]["box_only-1 greedy"]["giou"] == pytest.approx(1.75 / 3, abs=1e-3)
+    assert found["gains"]["(c) - (f), mask IoU"]["1"][0] == pytest.approx(0.5 / 3, abs=1e-3)
+    shared = "(c) - (f), mask IoU, things that share a place"
     assert found["gains"][shared]["1"][0] == pytest.approx(0.25, abs=1e-3)
     assert found["parts"]["crosses"]["n"] == 2 and found["parts"]["crosses"]["rl"]["acc50"] == 1.0
     assert "| (c) after stage 2 | 0.667 | 0.533 | 0.667 | 0.750 |" in proof.summary(found)

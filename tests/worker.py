@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import train_rl
-from align import SharedArgs, apply_update, set_trainable, shard, start_processes
+from align import SharedArgs, apply_update, run, set_trainable, shard, start_processes
 from data import select
 from model import Lens, prompt_positions
 from train_rl import Reference, copy_mllm, refresh
@@ -165,9 +165,7 @@ def main(what, out, precision="", kind="full"):
         save_gradients(lens, reference, rank, world, out)
     else:
         save_refreshed(lens, sampler, reference, rank, world, out, stale=what == "stale")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

@@ -25,6 +25,7 @@ lower edges outside. A picture has any size, 96 to 512 pixels in the mean of bot
 are also given in *units*: the picture counts 160 x 160 of them if it is square, and the same area
 if it is not.
 """
+import argparse
 import colorsys
 import json
 import math
@@ -427,10 +428,23 @@ def scenes(split, count, seed=7):
         yield picture, things, picked["thing"], list(texts.values())
 
 
+def is_written(root):
+    """Is a shapes world there? Other data in its place is an error."""
+    if not (root / "refer_seg").exists():
+        return False
+    if not (root / "refer_seg/shapes").exists():
+        raise LensError(f"{root / 'refer_seg'} holds other data: give the shapes world a folder "
+                        f"of its own")
+    return True
+
+
 def write_shapes_world(root, seed=7, splits=SPLITS):
-    """Write ROOT/refer_seg/shapes and its pictures in REFER's layout. Built beside its place and
-    renamed, so that what exists is whole; the same seed writes the same files."""
+    """Write ROOT/refer_seg/shapes and its pictures in REFER's layout; a world that is there stays.
+    Built beside its place and renamed, so that what exists is whole; the same seed writes the same
+    files."""
     root, building = Path(root), Path(root) / f"refer_seg.building.{os.getpid()}"
+    if is_written(root):
+        return
     pictures = building / "images/mscoco/images/train2014"
     pictures.mkdir(parents=True)
     (building / "shapes").mkdir()
@@ -452,9 +466,8 @@ def write_shapes_world(root, seed=7, splits=SPLITS):
         building.rename(root / "refer_seg")
     except OSError:                                              # another process was first
         shutil.rmtree(building)
-        if not (root / "refer_seg/shapes").exists():
-            raise LensError(f"{root / 'refer_seg'} holds other data: give the shapes world a "
-                            f"folder of its own") from None
+        if not is_written(root):
+            raise
 
 
 def annotation_of(thing, number):
@@ -478,9 +491,10 @@ def ref_of(picked, thing, number, split):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tests/tiny/world.py FOLDER")
+    parser = argparse.ArgumentParser("python tests/tiny/world.py",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="FOLDER")
     try:
-        write_shapes_world(sys.argv[1])
+        write_shapes_world(parser.parse_args().folder)
     except LensError as error:
         sys.exit(str(error))
