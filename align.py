@@ -97,7 +97,7 @@ class SharedArgs:
     max_prompt: int = flag(2048, "longest prompt, in tokens; a longer one is an error, never cut")
     max_completion: int = flag(768, "longest completion, in tokens")
     precision: Literal["bf16", "fp32"] = flag(
-        "bf16", "compute precision of MLLM, connector and SAM's image encoder; masters are fp32")
+        "bf16", "compute precision of MLLM and SAM's image encoder; masters are fp32")
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto takes GPUs where there are any")
     compile: Literal["auto", "on", "off"] = flag("auto", "compile the decoding step; auto: on GPUs")
     limit: int = flag(0, "use only so many training objects, or evaluation rows; 0 uses all")
@@ -407,10 +407,10 @@ def export(folder, lens, shared, mllm=None, processor=None):
 # --- A run: its folder, its length, its schedule, its metrics -------------------------------------
 
 def open_output(args, settings, rank):
-    """-> the run's folder, with settings.json in it. No earlier run is overwritten silently."""
+    """-> the run's folder, with settings.json in it. A run that saved anything stays as it is."""
     folder = Path(args.output)
     found = list((folder / "checkpoints").glob("step_*"))
-    if (folder / "metrics.jsonl").exists() and not args.resume:
+    if (found or (folder / "lens.json").exists()) and not args.resume:
         raise LensError(f"{folder} holds a run already. Go on with it (--resume), or name another "
                         f"--output, or remove it.")
     if args.resume and not found:
@@ -533,7 +533,7 @@ def apply_update(lens, optimizer, factor, args, loss, step):
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise LensError(f"step {step + 1}: the loss is {loss}, the gradient norm {norm}; "
                         f"stopped before the update. {args.output}/checkpoints holds the last "
-                        "good state: start anew with a lower --lr, or --resume.")
+                        "good state, if one was saved: --resume with a lower --lr, or start anew.")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -562,7 +562,7 @@ class OwnAnswers:
         tag = hashlib.sha256(decides.encode()).hexdigest()[:8]
         self.path, self.rank, self.world = folder / f"answers.{tag}.{rank}.jsonl", rank, world
         mine = {}
-        for path in folder.glob(f"answers.{tag}.*.jsonl"):
+        for path in sorted(folder.glob(f"answers.{tag}.*.jsonl"))[rank::world]:  # of all, a share
             for line in path.read_text().splitlines():
                 try:
                     key, mine[key] = json.loads(line)

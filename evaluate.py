@@ -24,8 +24,9 @@ Pixels labelled "ignore" (ReasonSeg) are left out of I and U; `--ignore backgrou
 released code does, `--ignore foreground` as Seg-Zero does.
 
 Every answer is also segmented the Seg-Zero way: the predicted box prompts an untouched SAM 2
-(--sam), without any context module. A table sets both side by side for the quartiles of box IoU;
-`--prompt-with box` makes that way the one that is counted, and needs no checkpoint.
+(--sam; a converted checkpoint brings a SAM of its own), without any context module. A table sets
+both side by side for the quartiles of box IoU; `--prompt-with box` makes that way the one that is
+counted, and needs no checkpoint.
 
 Letters: B prompts, (H, W) a picture's own height and width, S SAM's picture side.
 """
@@ -217,7 +218,9 @@ def evaluate_split(predictor, split, kept, rank, world):
     """-> one record per row, in order and the same on every rank. What `kept` lacks is predicted:
     each rank takes every world-th of those rows, none twice."""
     args, keys = predictor.args, split.keys
-    missing = [place for place, key in enumerate(keys) if key not in kept.records]
+    texts = [annotation["texts"][text] for annotation, text in split.rows.rows]
+    missing = [place for place, key in enumerate(keys)
+               if kept.records.get(key, {}).get("text") != texts[place]]   # edited since, or new
     mine = missing[rank::world]
     parts = [mine[i:i + args.eval_batch] for i in range(0, len(mine), args.eval_batch)]
     loader = load_batches(split.rows, parts, predictor.collate, predictor.shared.workers,
@@ -264,6 +267,13 @@ def make_record(batch, b, prediction, predictor):
             "mask": {"size": rle["size"], "counts": rle["counts"].decode()}}
 
 
+def weights_in(places):
+    """The files of weights among local files and folders; hub ids are neither."""
+    files = [path for place in map(Path, places)
+             for path in (place.iterdir() if place.is_dir() else [place]) if path.is_file()]
+    return sorted(path for path in files if path.suffix in (".safetensors", ".pt"))
+
+
 class KeptPredictions:
     """Records by key, kept in --predictions, so that an evaluation that was killed goes on.
 
@@ -294,8 +304,10 @@ class KeptPredictions:
     def fingerprint(self, shared, args):
         settings = {**asdict(shared), **asdict(args)}
         decides = {name: value for name, value in settings.items() if name not in self.FREE}
-        weights = sorted(Path(args.checkpoint).glob("*.safetensors")) if args.checkpoint else []
-        decides["weights"] = [(path.name, path.stat().st_mtime_ns) for path in weights]
+        places = [shared.mllm, shared.sam]
+        if args.checkpoint:
+            places += [args.checkpoint, f"{args.checkpoint}/mllm", f"{args.checkpoint}/sam"]
+        decides["weights"] = [(str(path), path.stat().st_mtime_ns) for path in weights_in(places)]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     def parts(self):
@@ -526,6 +538,8 @@ def draw_overlay(image, mask, box, tint=(255, 0, 200)):
 
 def segment_one(shared, args, device):
     """One picture from the command line: print the reasoning and the box, write the overlay."""
+    if Path(args.output).suffix.lower() not in Image.registered_extensions():
+        raise LensError(f"--output {args.output}: a picture's name ends with .png or .jpg")
     picture = load_picture(args.image)
     predictor = Predictor(shared, args, device)
     no_truth = np.zeros(picture.size[::-1], dtype=bool)                 # Collator wants one
@@ -533,6 +547,7 @@ def segment_one(shared, args, device):
             "ignore": no_truth, "box": None}
     prediction = predictor.predict(predictor.collate([item]), places=[0])[0]
     mask, box = prediction["masks"][predictor.counted].numpy(), prediction["box"]
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     draw_overlay(picture, mask, box).save(args.output)
     rounded = None if box is None else [round(value, 1) for value in box]
     print(prediction["answer"])
@@ -570,6 +585,7 @@ def draw_curves(folder, output):
         axis.axis("off")
     figure.suptitle(f"{folder}: every step, and its mean over {window}")
     figure.tight_layout()
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=90)
 
 

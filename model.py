@@ -16,7 +16,7 @@ encoder run once per picture. (The released code does all of it for every sample
 Departures. Positions are Qwen's 3-D M-RoPE in every pass; the released context pass falls back to
 1-D ones (`--positions 1d`). The connector hands all M tokens to SAM (our reading of Eq. 3); the
 released one squeezes them into one (`--prompt-tokens one`). Logits exist for completion tokens only
-and in chunks, never as (L, V). `--profile released` switches all that differs.
+and in chunks, never as (L, V). `--profile released` switches what flags can (README's table).
 
 Letters: B prompts, G samples per prompt, N = B * G, P prompt tokens, T completion tokens, L row
 length, M context queries, C hidden size, V vocabulary, K prompt tokens to SAM, D SAM's width, S
@@ -578,7 +578,7 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
 # --- Loading --------------------------------------------------------------------------------------
 
 ARCHITECTURE = ("num_queries", "connector", "connector_heads", "prompt_tokens")
-INHERITED = (*ARCHITECTURE, "prompt", "positions", "multimask")  # stage 2's from stage 1
+INHERITED = (*ARCHITECTURE, "mllm", "sam", "prompt", "positions", "multimask")  # by stage 2
 SAM_CONFIGS = {file: yaml for yaml, file in HF_MODEL_ID_TO_FILENAMES.values()}
 
 

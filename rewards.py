@@ -132,7 +132,9 @@ def _read_json(text):
 
 
 NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
-ANY_BOX = re.compile(rf"[\[(]\s*{NUMBER},\s*{NUMBER}\)?,\s*\(?{NUMBER},\s*{NUMBER}\s*[\])]")
+COMMA = r"\s*,\s*"
+ANY_BOX = re.compile(
+    rf"[\[(]\s*{NUMBER}{COMMA}{NUMBER}(?:\s*\))?{COMMA}(?:\(\s*)?{NUMBER}{COMMA}{NUMBER}\s*[\])]")
 
 
 def find_box(text, prompt="paper"):

@@ -331,7 +331,7 @@ def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
            "speed_tflops": round(tflops, 3)}
     if args.gpu_tflops:
         row["speed_mfu"] = round(tflops / args.gpu_tflops, 4)
-    if lens.queries.is_cuda:
+    if samples.log_probs.is_cuda:  # the weights may be in CPU memory (--offload)
         row["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return row
 
@@ -340,7 +340,7 @@ def speed(lens, passes, samples, seconds_sampling, seconds_update, args, world):
 def validate(lens, sampler, fixed, rows, collate, decode, shared, args, rank, world, device):
     """The same rows of val each time, answered greedily. Every process runs as many passes as any
     other, since a pass is a collective; the rows that pad the last are not counted.
-    -> {"val_giou", "val_box_iou", "val_acc50"}"""
+    -> {"val_giou" (where val has masks), "val_box_iou", "val_acc50"}"""
     args = replace(args, iou_power=1.0)
     share, sums = -(-len(rows) // world), torch.zeros(2, 3, device=device)
     lens.eval()
@@ -365,7 +365,15 @@ def validate(lens, sampler, fixed, rows, collate, decode, shared, args, rank, wo
     lens.reshard()  # no backward follows that would do it
     dist.all_reduce(sums)
     means = (sums[0] / sums[1].clamp(min=1)).tolist()
-    return dict(zip(("val_giou", "val_box_iou", "val_acc50"), means))
+    found = dict(zip(("val_giou", "val_box_iou", "val_acc50"), means))
+    if not sums[1, 0]:
+        del found["val_giou"]  # no row of val has a mask
+    return found
+
+
+def val_score(row):
+    """What OUTPUT/best is chosen by: the mask IoU, or the box IoU where val has boxes only."""
+    return row.get("val_giou", row.get("val_box_iou", -1))
 
 
 def load_models(shared, args, mesh, device):
@@ -406,7 +414,7 @@ def main():
     fixed = fixed_cache(sampler, shared, share * args.group_size, device)
     decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
     metrics = Metrics(folder, start, total, rank, args.log_to)
-    best = [max((row.get("val_giou", -1) for row in metrics.rows), default=-1)]
+    best = [max(map(val_score, metrics.rows), default=-1)]
     dist.broadcast_object_list(best, src=0)  # export is a collective: all must agree
     received, began = watch_signals(), time.time()
     for step, batch in enumerate(loader, start):
@@ -430,8 +438,8 @@ def main():
         if args.val_every and (step + 1) % args.val_every == 0:
             row |= validate(lens, sampler, fixed, val, collate, decode, shared, args, rank, world,
                             device)
-            if row["val_giou"] > best[0]:
-                best[0] = row["val_giou"]
+            if val_score(row) > best[0]:
+                best[0] = val_score(row)
                 export(folder / "best", lens, shared, sampler, processor)
         row["seconds"] = round(time.time() - began, 3)
         began = time.time()

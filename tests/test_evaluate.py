@@ -539,7 +539,23 @@ def test_another_split_is_added(whole, tmp_path, decoded):
     assert len(lines(path)) == len(rows) and len(decoded.keys) == found["testA"]["n"]
 
 
-def test_predictions_of_something_else_are_refused(whole, tmp_path, checkpoint, capsys):
+def test_the_weights_that_decide(checkpoint):
+    """Those of the run, of the MLLM below --mllm and of the SAM below --sam; a hub id has none."""
+    tiny = ROOT / "tests/tiny"
+    found = evaluate.weights_in([checkpoint, tiny / "mllm", tiny / "sam/model.pt", "Qwen/Qwen2.5"])
+    assert {tiny / "mllm/model.safetensors", tiny / "sam/model.pt"} < set(found)
+    assert {path.parent for path in found} == {checkpoint, tiny / "mllm", tiny / "sam"}
+
+
+def test_an_expression_that_was_edited_is_predicted_again(whole, tmp_path, decoded):
+    path, old = tmp_path / "rows.jsonl", [dict(row) for row in lines(whole.folder / "a.jsonl")]
+    old[3]["text"] = "as it was before"
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    call(*whole.flags, "--predictions", path)
+    assert decoded.keys == [old[3]["key"]] and lines(path)[3]["text"] == whole.rows[3]["text"]
+
+
+def test_predictions_of_something_else_are_refused(whole, tmp_path, checkpoint, monkeypatch):
     """Whatever decides a prediction: settings, the checkpoint, its weights. What does not is free
     to change."""
     path = tmp_path / "rows.jsonl"
@@ -557,6 +573,10 @@ def test_predictions_of_something_else_are_refused(whole, tmp_path, checkpoint, 
     with pytest.raises(LensError, match="another checkpoint"):
         call(*whole.flags, "--predictions", path)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with monkeypatch.context() as patch, pytest.raises(LensError, match="another checkpoint"):
+        patch.setattr(evaluate, "weights_in",                    # below --mllm is another MLLM
+                      lambda places, real=evaluate.weights_in: [*real(places)[:-1], path])
+        call(*whole.flags, "--predictions", path)
     part = tmp_path / "part.jsonl.3"
     part.write_text(json.dumps({**whole.rows[0], "run": "another"}))
     with pytest.raises(LensError, match="part.jsonl.3 holds"):

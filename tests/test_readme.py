@@ -228,6 +228,15 @@ def test_files_are_made_from_their_numbers():
         assert text.strip() == (ROOT / f"docs/{name}.md").read_text().strip(), name
 
 
+def test_differences_from_the_released_code_are_those_of_their_file():
+    found = read("real")["released code, largest differences"]
+    for name, title in (("logits", "logits of the text"), ("query_hidden", "states of the queries"),
+                        ("sam_embedding", "prompt embeddings for SAM"),
+                        ("low_res_masks", "mask logits")):
+        row = f"| {title} | {found['1d'][name]:.1e} | {found['mrope'][name]:.1e} |"
+        assert row in page("docs/checked.md"), row
+
+
 def test_plan_numbers(monkeypatch, capsys):
     """The table's last column is what tests/plan.py computes where attention is not fused, the
     larger of its two sums."""

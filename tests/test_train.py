@@ -397,10 +397,11 @@ def test_profiles_and_presets(monkeypatch, tmp_path):
         shared, args = parsed(monkeypatch, align, align.AlignArgs, "--preset", preset)
         assert (shared.mllm, shared.sam, args.batch) == (name, "weights/sam2_hiera_large.pt", 128)
     run = {**vars(shared), "prompt": "released-cot", "positions": "1d", "multimask": True,
-           "max_pixels": 5, "seed": 7}
+           "max_pixels": 5, "seed": 7, "mllm": "my/mllm", "sam": "my/sam"}
     (tmp_path / "lens.json").write_text(json.dumps(run))
     shared, _ = parse("--profile", "released", "--init", tmp_path)
-    own = {"prompt": "released-cot", "positions": "1d", "multimask": True, "prompt_tokens": "all"}
+    own = {"prompt": "released-cot", "positions": "1d", "multimask": True, "prompt_tokens": "all",
+           "mllm": "my/mllm", "sam": "my/sam"}
     assert within(own, vars(shared))
     assert (shared.max_pixels, shared.seed) == (1_000_000, 42)   # not the architecture's
     shared, _ = parsed(monkeypatch, evaluate, evaluate.EvaluateArgs, "--checkpoint", tmp_path,
@@ -651,6 +652,43 @@ def test_metrics_go_to_a_tracker_as_well(tmp_path, monkeypatch):
             align.open_tracker(name, tmp_path)
 
 
+def test_only_a_run_that_saved_something_is_in_the_way(one_process, tmp_path):
+    """What died before its first checkpoint, out of memory for one, is started again, and keeps the
+    answers that it made; a checkpoint, or a finished run, stays."""
+    args = align.AlignArgs(output=str(tmp_path))
+    for file in ("metrics.jsonl", "answers.0.0.jsonl"):
+        (tmp_path / file).write_text("")
+    align.open_output(args, [args], 0)
+    assert (tmp_path / "answers.0.0.jsonl").exists() and (tmp_path / "settings.json").exists()
+    (tmp_path / "checkpoints/step_000001").mkdir(parents=True)
+    with pytest.raises(data.LensError, match="holds a run already"):
+        align.open_output(args, [args], 0)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "lens.json").write_text("{}")
+    with pytest.raises(data.LensError, match="holds a run already"):
+        align.open_output(args, [args], 0)
+
+
+def test_each_process_reads_its_share_of_the_answers(one_process, tmp_path, monkeypatch):
+    """Files of four processes, read by three: each answer once, whoever made it."""
+    shared = SharedArgs()
+    kept = align.OwnAnswers(tmp_path, shared, 0, 1)
+    for rank in range(4):
+        file = tmp_path / kept.path.name.replace(".0.jsonl", f".{rank}.jsonl")
+        file.write_text(f'["key {rank}", [{rank}]]\n["cut')
+    monkeypatch.setattr(align.OwnAnswers, "gather", lambda self, mine: mine)
+    found = [align.OwnAnswers(tmp_path, shared, rank, 3).known for rank in range(3)]
+    assert sorted(len(part) for part in found) == [1, 1, 2]
+    together = {key: ids for part in found for key, ids in part.items()}
+    assert together == {f"key {rank}": [rank] for rank in range(4)}
+
+
+def test_the_best_by_masks_or_by_boxes():
+    assert train_rl.val_score({"step": 1}) == -1
+    assert train_rl.val_score({"val_giou": 0.2, "val_box_iou": 0.5}) == 0.2
+    assert train_rl.val_score({"val_box_iou": 0.5}) == 0.5
+
+
 class Plan:
     def __init__(self, **values):
         self.__dict__.update({"batch": 64, "micro_batch": 1, "epochs": 16, "steps": 0, **values})
@@ -718,6 +756,8 @@ def refused(monkeypatch, capsys):
     (evaluate, ("--prompt-with", "box", "--splits", "test"), ("'test'", "val, testA, testB")),
     (evaluate, ("--prompt-with", "box", "--image", "none.png", "--text", "x"), ("none.png",)),
     (evaluate, ("--curves", "nowhere"), ("nowhere",)),
+    (evaluate, ("--prompt-with", "box", "--image", "docs/shapes.png", "--text", "x", "--output",
+                "overlay"), ("--output overlay", ".png")),
 ])
 def test_bad_input_is_one_clear_error(module, flags, parts, world, tmp_path, refused):
     output = () if module is evaluate else ("--output", tmp_path / "run", "--steps", 1)
