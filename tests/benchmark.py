@@ -329,6 +329,11 @@ def check(w):
     return worst
 
 
+# torch 2.11 does not count the CPU's attention yet
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+                         flop_registry[torch.ops.aten._scaled_dot_product_flash_attention])
+
+
 class Arithmetic(TorchDispatchMode):
     """Counts floating point operations. (FlopCounterMode counts causal attention in full.)"""
     total = 0
