@@ -22,7 +22,6 @@ is the queries' only where (c) beats (f).
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -66,12 +65,9 @@ def write_world():
 
 
 def going_on(folder):
-    """-> the flags with which a run goes on where it was interrupted; what saved no checkpoint yet
-    is begun anew."""
-    if list((folder / "checkpoints").glob("step_*")):
-        return ["--resume"]
-    shutil.rmtree(folder, ignore_errors=True)
-    return []
+    """-> the flags with which a run goes on where it was interrupted; none where it saved no
+    checkpoint yet."""
+    return ["--resume"] if list((folder / "checkpoints").glob("step_*")) else []
 
 
 def call(script, *flags):

@@ -578,6 +578,21 @@ def test_the_best_survives_resuming(of_old, rewritten, stage_2, by_two, inside, 
         assert context == b"of step 1"
 
 
+def test_a_val_of_boxes_alone_has_a_best_model_too(stage_2, inside, tmp_path, monkeypatch):
+    """Rows without a mask are "ignore" all over. No look has a mask IoU then, and the box IoU
+    decides: the first look is the best one, and the second if its boxes are better."""
+    real, exported = train_rl.validate, []
+    boxes_alone = lambda rows: [{**row, "ignore": row["ignore"] | True} for row in rows]
+    monkeypatch.setattr(train_rl, "validate", lambda lens, sampler, fixed, rows, *more:
+                        real(lens, sampler, fixed, boxes_alone(rows), *more))
+    monkeypatch.setattr(train_rl, "export", lambda folder, *_: exported.append(folder.name))
+    inside(train_rl, *stage_2, "--val-every", 1, "--output", tmp_path / "run")
+    looks = rows(tmp_path / "run")
+    assert not any("val_giou" in row for row in looks)
+    better = looks[1]["val_box_iou"] > looks[0]["val_box_iou"] > 0
+    assert exported == ["best"] * (1 + better) + ["run"]
+
+
 # Weights as the files have them
 
 

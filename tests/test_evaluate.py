@@ -555,7 +555,7 @@ def test_an_expression_that_was_edited_is_predicted_again(whole, tmp_path, decod
     assert decoded.keys == [old[3]["key"]] and lines(path)[3]["text"] == whole.rows[3]["text"]
 
 
-def test_predictions_of_something_else_are_refused(whole, tmp_path, checkpoint, monkeypatch):
+def test_predictions_of_something_else_are_refused(whole, tmp_path, checkpoint):
     """Whatever decides a prediction: settings, the checkpoint, its weights. What does not is free
     to change."""
     path = tmp_path / "rows.jsonl"
@@ -567,16 +567,16 @@ def test_predictions_of_something_else_are_refused(whole, tmp_path, checkpoint, 
         words = "rows.jsonl holds the predictions of another checkpoint or other settings"
         with pytest.raises(LensError, match=words):
             call(*whole.flags, "--predictions", path, *change)
-    weights = checkpoint / "context.safetensors"
-    stat = weights.stat()
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # trained again
-    with pytest.raises(LensError, match="another checkpoint"):
-        call(*whole.flags, "--predictions", path)
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with monkeypatch.context() as patch, pytest.raises(LensError, match="another checkpoint"):
-        patch.setattr(evaluate, "weights_in",                    # below --mllm is another MLLM
-                      lambda places, real=evaluate.weights_in: [*real(places)[:-1], path])
-        call(*whole.flags, "--predictions", path)
+    tiny = ROOT / "tests/tiny"                            # what --mllm and --sam of the preset name
+    for weights in (checkpoint / "context.safetensors", tiny / "mllm/model.safetensors",
+                    tiny / "sam/model.pt"):
+        stat = weights.stat()
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # trained again
+        try:
+            with pytest.raises(LensError, match="another checkpoint"):
+                call(*whole.flags, "--predictions", path)
+        finally:
+            os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     part = tmp_path / "part.jsonl.3"
     part.write_text(json.dumps({**whole.rows[0], "run": "another"}))
     with pytest.raises(LensError, match="part.jsonl.3 holds"):
