@@ -1,33 +1,38 @@
-"""Data: a picture, an expression, a mask and a box; the order of training.
-In the paper: the inputs T and I of Eq. 1 and the truth M_gt of Eqs. 5 and 12.
+"""Data: each training or evaluation row is an image, an expression, a mask and a box. In the paper
+these are the inputs I and T of Eq. 1 and the ground truth M_gt of Eqs. 5 and 12.
 
-    python data.py --check datasets     # reads every annotation: counts, and what is broken
+`--data ROOT --datasets NAME ...` reads any of these datasets, in the layout of their authors:
 
-Datasets are read where their authors put them; `--datasets NAME ...` mixes any of them:
     refcoco, refcoco+, refcocog (umd), refcocog-google
         ROOT/refer_seg/refcoco/{refs(unc).p, instances.json}
         ROOT/refer_seg/images/mscoco/images/train2014/COCO_train2014_000000000009.jpg
     reasonseg
         ROOT/reason_seg/ReasonSeg/{train,val,test}/NAME.{jpg,json}
     groundingsuite (evaluation only)
-        ROOT/[any/]GroundingSuite-Eval.jsonl, ROOT/{COCO,coco}/unlabeled2017/000000000267.jpg
-    your own folder NAME, one line per object, paths from the folder
+        ROOT/GroundingSuite-Eval.jsonl
+        ROOT/COCO/unlabeled2017/000000000267.jpg
+    NAME, a folder of your own, one line per object; file names are relative to the folder
         ROOT/NAME/{train,val}.jsonl
         {"image": "a.jpg", "text": "the cup", "mask": "a.png", "box": [x1, y1, x2, y2]}
-        text may be a list, mask COCO polygons or RLE; mask or box may be left out
-    shapes: the laptop's world, in refcoco's layout; python tests/tiny/world.py ROOT writes it
+        text may be a list, mask may be COCO polygons or RLE; mask or box may be left out
+    shapes, the laptop's world, in refcoco's layout
+        python tests/tiny/world.py ROOT writes it
 
-Departures. The released code draws a random expression in `__getitem__`, so a GRPO group can mix an
-object's expressions; here one is a function of (seed, epoch, object).
+docs/data.md says where to download them and what is refused. `python tests/tools/check_data.py
+ROOT` reads everything once, so that no damaged file stops a run after hours.
 
-Boxes are (x1, y1, x2, y2). Three pixel frames occur and are named wherever a box is passed:
-    picture frame   pixels of the original picture. Rewards and metrics live here.
-    MLLM frame      what the language model reads and writes: pixels of the resized picture for
-                    Qwen2.5-VL, thousandths of width and height for Qwen2-VL and Qwen3-VL.
-    SAM frame       pixels of the square picture that SAM 2 sees (1024 x 1024 for the real one).
+A box is (x1, y1, x2, y2) in one of three pixel frames, named wherever one is passed:
+    image frame   pixels of the original image. Rewards and metrics are computed here.
+    MLLM frame    what the MLLM reads and writes: pixels of the resized image for Qwen2.5-VL,
+                  thousandths of width and height for Qwen2-VL and Qwen3-VL.
+    SAM frame     pixels of the square image that SAM 2 sees (1024 x 1024 for the real one).
+
+Departure from the released code: it draws an expression at random each time an item is loaded, so
+the completions of one GRPO group can belong to different expressions. Here the expression depends
+only on the seed, the epoch and the object.
 """
-import argparse
 import gc
+import hashlib
 import io
 import json
 import math
@@ -35,259 +40,240 @@ import os
 import pickle
 import signal
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from rewards import chat_messages
+from rewards import box_iou, chat_messages
 
-
-class LensError(Exception):
-    """What a user can mend: the message names the file or flag and the way out."""
-
-
-def write_whole(path, text):
-    """Write beside and rename, so that a file that exists is complete."""
-    path, unfinished = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(text)
-    unfinished.replace(path)
+# A record describes one object. Its image and its mask are loaded only when they are needed:
+#     "id"            for example "refcoco/17"; errors name it
+#     "split"         "train", "val", ...
+#     "image"         path of the image
+#     "expressions"   list of strings, each of which names the object
+#     "size"          (H, W) of the image that was annotated, or None if the annotation does not say
+#     "gt_box"        in the image frame, or None if it is the extent of the mask
+#     "segmentation"  COCO polygons, COCO RLE, path of a mask file, ReasonSeg's tuple of (label,
+#                     points), or None if the object has a box alone
+#     "groups"        one tuple of names per expression; evaluation also counts these groups apart
 
 
-# --- Frames of boxes ------------------------------------------------------------------------------
+def load_item(record, i):
+    """A record with its expression i -> {"id", "expression", "image" (PIL, RGB), "gt_mask",
+    "ignore_mask" (both (H, W) bool), "gt_box" (image frame)}. Raises LensError if a file is damaged
+    or contradicts the rest."""
+    segmentation, unclear = record["segmentation"], ()
+    if record["size"] is None and not isinstance(segmentation, tuple):      # a line of one's own
+        # Orientations 5 to 8 swap height and width: there a mask file shows what was annotated.
+        unclear = range(2, 5 if isinstance(segmentation, str) else 9)
+    image = load_image(record["image"], record["size"], unclear)
+    gt_mask, ignore_mask = load_masks(record, image.size[::-1])
+    if record["gt_box"]:
+        refuse_box(record, gt_mask)
+    return {"id": f"{record['id']}/{i}", "expression": record["expressions"][i], "image": image,
+            "gt_mask": gt_mask, "ignore_mask": ignore_mask,
+            "gt_box": record["gt_box"] or extent(gt_mask)}
+
+
+# --- Images, masks and boxes ----------------------------------------------------------------------
+
+def load_image(path, size=None, unclear=()):
+    """-> RGB image. It is turned upright as its EXIF orientation says, like in a viewer, unless the
+    annotated `size` (H, W) is the size of the stored pixels. Raises LensError if the file cannot be
+    read, has another size, or has one of the EXIF orientations that are `unclear`."""
+    try:
+        image = Image.open(path)
+        orientation = image.getexif().get(0x0112, 1)
+        if orientation in unclear:
+            raise LensError(
+                f"{path}: its camera's rotation (EXIF orientation {orientation}) leaves open what "
+                "was annotated. If it was the image as viewers show it, turn the pixels (mogrify "
+                "-auto-orient FILE); else remove the rotation (exiftool -Orientation= FILE).")
+        if size is None or image.size != tuple(size)[::-1]:
+            image = ImageOps.exif_transpose(image)
+        if size and image.size != tuple(size)[::-1]:
+            raise LensError(f"{path}: {image.size} pixels, annotated as {tuple(size)[::-1]}. Take "
+                            "the original.")
+        if max(image.size) > 200 * min(image.size):     # Qwen's image processors raise
+            raise LensError(f"{path}: {image.size} pixels. The MLLM takes no image whose long side "
+                            "is above 200 times the short one: crop it, or leave it out.")
+        return to_rgb(image)
+    except LensError:
+        raise
+    except Exception as error:                  # a damaged file can raise nearly anything
+        raise LensError(f"{path}: no readable image ({error}). Download it again, or save a copy in "
+                        "another size or format.") from None
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB. 16 bits become 8, and transparent pixels become white, as in
+    Qwen's own tools. (Pillow's convert would clip the former and ignore the latter.)"""
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per pixel")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    return image.convert("RGB")
+
+
+def load_masks(record, size):
+    """-> mask of the object, mask of the ignored pixels, each (H, W) bool. If the record has a box
+    alone, all pixels are ignored: neither loss nor reward nor metric reads its mask."""
+    segmentation = record["segmentation"]
+    mask, ignore = np.zeros((2, *size), bool)
+    try:
+        if segmentation is None:
+            ignore[:] = True
+        elif isinstance(segmentation, tuple):
+            mask, ignore = draw_reasonseg(segmentation, size)
+        elif isinstance(segmentation, str):
+            mask = read_mask_file(segmentation)
+        else:
+            mask = decode_mask(segmentation, size)
+        if mask.shape != tuple(size):
+            raise ValueError(f"{mask.shape[::-1]} pixels")
+    except Exception as error:
+        raise LensError(f"{record['id']} ({record['image']}, {size[1]} x {size[0]} pixels): its "
+                        f"segmentation is damaged or of another size ({type(error).__name__}: "
+                        f"{error}). Download or make it again.") from None
+    return mask, ignore
+
+
+def read_mask_file(path):
+    """Path of an image -> (H, W) bool. In an image with a palette, the mask is every index but 0.
+    Else it is alpha where alpha varies, or else the brightness. What lies above half of the range
+    is the object; if nothing does, one value beside 0 may occur, and is the object."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "P" and not image.has_transparency_data:
+        return np.asarray(image) > 0
+    values, half = np.asarray(image), 32767                 # 16 bits
+    if image.mode[0] != "I":
+        values, half = np.asarray(image.convert("RGBA")), 127
+        alpha = values[..., 3]
+        values = alpha if alpha.min() < alpha.max() else values[..., :3].max(-1)
+    top = values.max()
+    if top > half:
+        return values > half
+    if not np.isin(values, (0, top)).all():
+        raise ValueError(f"its brightest value is {top}, and it holds others beside 0: write one "
+                         "mask per object, with 0 and 255")
+    return values > 0
+
+
+def decode_mask(segmentation, size):
+    """COCO polygons (their union) or RLE, compressed or not -> (H, W) bool."""
+    if isinstance(segmentation, list):
+        if any(np.ndim(polygon) != 1 for polygon in segmentation):
+            raise ValueError("polygons are a list of lists: [[x, y, x, y, ...], ...]")
+        xy = np.array([v for polygon in segmentation for v in polygon], float)
+        if not (abs(xy) <= 2 * max(size)).all():                # NaN as well
+            raise ValueError("a polygon lies far outside the image, or holds what is no number")
+        if xy.size and xy.max() <= 1:
+            raise ValueError("a polygon in fractions of the image: it needs pixels")
+        # pycocotools would take a first polygon of two points for a box
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        if not polygons:
+            return np.zeros(size, bool)
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+    else:
+        rle, counts = segmentation, segmentation["counts"]
+        if isinstance(counts, list):
+            # what the counts do not reach would be random
+            if counts and sum(counts) != math.prod(segmentation["size"]):
+                raise ValueError("its counts do not add up to its size")
+            rle = coco_mask.frPyObjects(segmentation, *size)
+    return coco_mask.decode(rle).astype(bool) if rle["counts"] else np.zeros(size, bool)
+
+
+def draw_reasonseg(shapes, size):
+    """ReasonSeg's tuple of (label, points) -> mask, ignored pixels, each (H, W) bool. Shapes are
+    drawn from the largest to the smallest. "flag" is no object, and a label with "ignore" in it
+    hides what is below; every other shape is the object. OpenCV draws outline and interior, as in
+    LISA and the released code, because the published numbers depend on its pixels."""
+    drawn = []
+    for label, points in shapes:
+        if points and label != "flag":
+            filled, polygon = np.zeros(size, np.uint8), [np.array(points, np.int32)]
+            cv2.polylines(filled, polygon, True, 1)
+            cv2.fillPoly(filled, polygon, 1)
+            drawn.append((filled > 0, "ignore" in label))
+    mask, ignore = np.zeros((2, *size), bool)
+    for filled, hides in sorted(drawn, key=lambda pair: pair[0].sum())[::-1]:
+        mask[filled], ignore[filled] = not hides, hides
+    return mask, ignore
+
+
+def extent(mask):
+    """The box (image frame) that encloses a mask, max + 1; (0, 0, 0, 0) for an empty mask."""
+    return Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+
+
+def refuse_box(record, mask):
+    """Raise LensError if the ground-truth box cannot be (x1, y1, x2, y2) in the image frame."""
+    x1, y1, x2, y2 = box = record["gt_box"]
+    left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
+    inside = mask[top:max(0, math.ceil(y2)), left:max(0, math.ceil(x2))]
+    wrong = ""
+    if max(box) <= 1:
+        wrong = "is given in fractions of the image"
+    elif not inside.size:
+        wrong = "lies outside the image"
+    elif mask.any() and not inside.any():
+        wrong = "and the mask have no pixel in common"
+    elif (box_iou(box, extent(mask)) < 0.5
+          and box_iou((x1, y1, x1 + x2, y1 + y2), extent(mask)) > 0.9):
+        wrong = "fits its mask only as x, y, width, height"
+    if wrong:
+        raise LensError(f"{record['id']} ({record['image']}, {mask.shape[1]} x {mask.shape[0]} "
+                        f"pixels): its box {box} {wrong}. It must be x1, y1, x2, y2 in pixels.")
+
 
 def rescale_box(box, source, target):
-    """A box from a frame of `source` = (width, height) to one of `target` = (width, height). All
-    changes of frame are this: picture -> MLLM (see `mllm_frame`), MLLM -> picture, MLLM -> SAM."""
+    """A box from a frame of `source` = (width, height) to one of `target` = (width, height). Every
+    change of frame is this one: image -> MLLM (see `mllm_frame`), MLLM -> image, MLLM -> SAM."""
     sx, sy = target[0] / source[0], target[1] / source[1]
     return (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
 
 
 def mllm_frame(model_type, grid_thw, patch_size):
-    """(width, height) of the frame in which a model family speaks of boxes: Qwen2.5-VL's resized
-    picture, Qwen2-VL's and Qwen3-VL's thousandths. grid_thw counts patches: (1, height, width)."""
+    """(width, height) of the MLLM frame: Qwen2.5-VL's resized image, or Qwen2-VL's and Qwen3-VL's
+    thousandths. grid_thw counts the patches of the image: (1, height, width)."""
     if model_type == "qwen2_5_vl":
         return int(grid_thw[2]) * patch_size, int(grid_thw[1]) * patch_size
     return 1000, 1000
 
 
-# --- Reading annotations: records are cheap, pictures and masks are decoded when asked for --------
-#
-# A record is {"id", "split", "image" (path), "texts" (its expressions), "size" ((height, width), or
-# None where only the picture knows), "box" (picture frame, or None: the mask's extent),
-# "segmentation" (see load_masks)}, and what evaluation counts apart: for GroundingSuite "class", in
-# REFER's layout "kinds" (one per expression) and "layout", both None but in the shapes world. A
-# reader yields a LensError in the place of a damaged one: training stops at the first, --check
-# lists them all.
-#
-# Objects and expressions of each split, as published (None: not checked)
+# --- Annotation files -> records ------------------------------------------------------------------
+
+# Of each dataset below ROOT: the place of its annotations, and its splits
 DATASETS = {
-    "refcoco": {"train": (42404, 120624), "val": (3811, 10834),
-                "testA": (1975, 5657), "testB": (1810, 5095)},
-    "refcoco+": {"train": (42278, 120191), "val": (3805, 10758),
-                 "testA": (1975, 5726), "testB": (1798, 4889)},
-    "refcocog": {"train": (42226, 80512), "val": (2573, 4896), "test": (5023, 9602)},
-    "refcocog-google": {"train": (44822, 85474), "val": (5000, 9536)},      # they share pictures
-    "reasonseg": {"train": (239, None), "val": (200, 200), "test": (779, 779)},
-    "groundingsuite": {"eval": (3715, 3715)},
-    "shapes": dict(train=(4000, None), val=(700, None), testA=(300, None), testB=(300, None)),
-}
-REFS_FILES = {"refcocog": ("refcocog", "refs(umd).p"),            # else (dataset, "refs(unc).p")
-              "refcocog-google": ("refcocog", "refs(google).p")}
+    "refcoco": ("refer_seg/refcoco/refs(unc).p", ["train", "val", "testA", "testB"]),
+    "refcoco+": ("refer_seg/refcoco+/refs(unc).p", ["train", "val", "testA", "testB"]),
+    "refcocog": ("refer_seg/refcocog/refs(umd).p", ["train", "val", "test"]),
+    "refcocog-google": ("refer_seg/refcocog/refs(google).p", ["train", "val"]),  # share images
+    "shapes": ("refer_seg/shapes/refs(unc).p", ["train", "val", "testA", "testB"]),
+    "reasonseg": ("reason_seg/ReasonSeg", ["train", "val", "test"]),
+    "groundingsuite": ("GroundingSuite-Eval.jsonl", ["eval"])}
 CLASSES = {1: "stuff", 2: "part", 3: "multi", 4: "single"}       # GroundingSuite's, most likely
-# What a damaged annotation makes its reader raise
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """refs(*).p is a pickle from the internet: one that is more than plain data is not run."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations never need")
-
-
-def read_refs(path):
-    """refs(*).p -> list of dicts. The originals were pickled by Python 2, hence latin1."""
-    try:
-        return PlainUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
-    except Exception as error:                      # a broken pickle can raise nearly anything
-        raise LensError(f"{path}: no readable refs file ({error}). Download it again.") from None
-
-
-def require(dataset, source, *paths):
-    """Every path must exist: else one error that says what to download."""
-    for path in paths:
-        if not path.exists():
-            raise LensError(f"{path} is missing. Download {dataset}'s annotations and pictures "
-                            f"({source}; see data.py's first lines) or begin with --preset tiny.")
-
-
-def refs_path(root, dataset):
-    """Where a dataset in REFER's layout has its expressions."""
-    return Path(root, "refer_seg", *REFS_FILES.get(dataset, (dataset, "refs(unc).p")))
-
-
-def read_refcoco(root, dataset, splits):
-    """RefCOCO, RefCOCO+, RefCOCOg and the shapes world: REFER's layout."""
-    refs_file = refs_path(root, dataset)
-    instances_file = refs_file.with_name("instances.json")
-    pictures = Path(root) / "refer_seg/images/mscoco/images/train2014"
-    if dataset == "shapes" and not refs_file.exists():
-        raise LensError(f"{refs_file} is missing. Write the shapes world first: "
-                        f"python tests/tiny/world.py {root}")
-    source = f"REFER's {refs_file.parent.name}.zip, COCO's train2014 pictures"
-    require(dataset, source, refs_file, instances_file, pictures)
-    try:
-        instances = json.loads(instances_file.read_bytes())
-        images = {image["id"]: image for image in instances["images"]}
-        annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
-    except DAMAGED as error:
-        raise LensError(f"{instances_file}: damaged ({error!r}). Download it again.") from None
-    present = set(os.listdir(pictures))
-    for n, ref in enumerate(read_refs(refs_file)):
-        try:
-            if ref["split"] not in splits:
-                continue
-            image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
-            record = refer_record(ref, image, annotation, dataset, pictures)
-            if os.path.basename(record["image"]) not in present:
-                record = LensError(f"{refs_file}, ref_id {ref['ref_id']}: its picture "
-                                   f"{record['image']} is missing. Download COCO's train2014.")
-        except DAMAGED as error:
-            name = f"record {n}"
-            if isinstance(ref, dict):
-                name = f"ref_id {ref.get('ref_id')}, ann_id {ref.get('ann_id')}"
-            record = LensError(f"{refs_file}, {name}: damaged, or missing in {instances_file} "
-                               f"({error!r}). Download both.")
-        yield record
-
-
-def refer_record(ref, image, annotation, dataset, pictures):
-    """One ref with its COCO image and annotation -> a record. Its file_name names a crop."""
-    height, width, (x, y, w, h) = image["height"], image["width"], annotation["bbox"]
-    if not (w > 0 and h > 0 and -w < x < width and -h < y < height and ref["sentences"]):
-        raise ValueError(f"no expression, or the box {x, y, w, h} lies outside the picture")
-    return {"id": f"{dataset}/{ref['ref_id']}", "split": ref["split"],
-            "image": f"{pictures}/COCO_train2014_{ref['image_id']:012d}.jpg",
-            "texts": [sentence["sent"] for sentence in ref["sentences"]],
-            "kinds": [sentence.get("kind") for sentence in ref["sentences"]],
-            "layout": annotation.get("layout"),
-            "size": (height, width), "box": (x, y, x + w, y + h),
-            "segmentation": annotation["segmentation"]}
-
-
-def read_reasonseg(root, dataset, splits):
-    """ReasonSeg: a json beside every picture. Training uses all its texts, evaluation the first."""
-    for split in splits:
-        folder = Path(root) / "reason_seg/ReasonSeg" / split
-        require(dataset, "ReasonSeg's train, val and test, linked from LISA's repository", folder)
-        stems = {path.stem for path in folder.iterdir() if path.suffix in (".json", ".jpg")}
-        for stem in sorted(stems):
-            path, picture = folder / f"{stem}.json", folder / f"{stem}.jpg"
-            try:
-                texts, shapes = reasonseg_annotation(path.read_bytes())
-                if not picture.exists():
-                    raise ValueError("no picture")
-                yield {"id": f"reasonseg/{split}/{stem}", "split": split, "image": str(picture),
-                       "texts": texts if split == "train" else texts[:1], "size": None,
-                       "box": None, "segmentation": shapes}
-            except DAMAGED as error:
-                yield LensError(f"{path}: damaged, or {picture.name} is missing ({error!r}).")
-
-
-def reasonseg_annotation(content):
-    """A file's bytes, UTF-8 or cp1252 -> its texts, and a tuple of (label, points (n, 2))."""
-    try:
-        annotation = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        annotation = json.loads(content.decode("cp1252"))
-    shapes = []
-    for shape in annotation["shapes"]:
-        points = np.array(shape["points"]).astype(np.int32).reshape(-1, 2)
-        shapes.append((shape["label"].lower(), points))
-    return list_of_texts(annotation["text"]), tuple(shapes)
-
-
-def list_of_texts(texts):
-    """One expression or a list of them -> list. Raises ValueError for anything else."""
-    texts = [texts] if isinstance(texts, str) else texts
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("it needs a text")
-    return texts
-
-
-def read_lines(root, dataset, splits):
-    """One json per line: GroundingSuite-Eval, whose boxes are loose, and folders of one's own."""
-    suite = dataset == "groundingsuite"
-    if suite:                                       # it is never training data
-        splits = ["eval"] if "eval" in splits else []
-    for split in splits:
-        path = Path(root) / dataset / f"{split}.jsonl"
-        pictures, source = path.parent, "your own"
-        if suite:
-            path, pictures = suite_paths(Path(root))
-            source = "GroundingSuite-Eval.jsonl, COCO's unlabeled2017"
-        require(dataset, source, path, pictures)
-        for n, line in enumerate(path.read_bytes().splitlines(), 1):    # U+2028 in a text ends none
-            try:
-                row = json.loads(line)
-                if suite:
-                    row = {"image": row["image_path"], "text": row["caption"], "box": row["box"],
-                           "mask": row["segmentation"], "class": CLASSES[row["class_id"]]}
-                record = line_record(row, path.parent, pictures)
-                yield {"id": f"{dataset}/{split}/{n}", "split": split, **record}
-            except DAMAGED as error:
-                yield LensError(f"{path}, line {n}: damaged ({error!r}). "
-                                f"data.py's first lines show what a line holds.")
-
-
-def line_record(row, folder, pictures):
-    """One line -> a record but for its id and split. Paths of masks count from `folder`."""
-    texts, mask, box = list_of_texts(row["text"]), row.get("mask"), row.get("box")
-    picture = pictures / row["image"]
-    if not mask and not box:
-        raise ValueError("it needs a mask or a box")
-    if not picture.exists():
-        raise ValueError(f"its picture {picture} is missing")
-    if box:
-        box = tuple(map(float, box))
-        x1, y1, x2, y2 = box
-        if not (x1 < x2 and y1 < y2 and all(map(math.isfinite, box))):
-            raise ValueError(f"{box} is no box (x1, y1, x2, y2)")
-    return {"image": str(picture), "texts": texts, "box": box or None, "class": row.get("class"),
-            "size": tuple(mask["size"]) if isinstance(mask, dict) else None,
-            "segmentation": str(folder / mask) if isinstance(mask, str) else mask}
-
-
-def suite_paths(root):
-    """GroundingSuite's file and its pictures' folder, as the suite or the released code do."""
-    file = root / "GroundingSuite-Eval.jsonl"
-    if not file.exists():
-        file = next(iter(sorted(root.glob("*/GroundingSuite-Eval.jsonl"))), file)
-    return file, root / ("coco" if (root / "coco").exists() else "COCO")
-
-
-def read_dataset(root, dataset, splits):
-    """-> generator of one dataset's records and errors, see above."""
-    if dataset == "reasonseg":
-        return read_reasonseg(root, dataset, splits)
-    if dataset in DATASETS and dataset != "groundingsuite":
-        return read_refcoco(root, dataset, splits)
-    return read_lines(root, dataset, splits)
+IMAGE_SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 
 
 def read_records(root, datasets, splits):
-    """Records of several datasets and splits, in order. LensError for what is missing or damaged.
-    Left out, and named: ReasonSeg's unreadable files (two of those published are) and, from
-    training, an object without a segmentation."""
+    """Records of several datasets and splits, in order. Raises LensError for what is missing or
+    damaged. Two things are left out, and named: ReasonSeg's unreadable files (two of the published
+    ones are) and, in training, objects without a segmentation."""
     records, left_out = [], []
-    gc.disable()        # millions of objects: the collector would take as long as reading them does
+    gc.disable()        # with millions of objects, the collector takes as long as reading them
     try:
         for dataset in datasets:
             before = len(records)
@@ -310,176 +296,222 @@ def read_records(root, datasets, splits):
     return records
 
 
+def read_dataset(root, dataset, splits):
+    """-> generator of one dataset's records. In the place of a damaged record it yields a
+    LensError: training stops at the first, tests/tools/check_data.py lists them all."""
+    if dataset == "reasonseg":
+        return read_reasonseg(root, dataset, splits)
+    if dataset in DATASETS and dataset != "groundingsuite":
+        return read_refcoco(root, dataset, splits)
+    return read_lines(root, dataset, splits)
+
+
+def read_refcoco(root, dataset, splits):
+    """RefCOCO, RefCOCO+, RefCOCOg and the shapes world: REFER's layout."""
+    refs_file = Path(root, DATASETS[dataset][0])
+    instances_file = refs_file.with_name("instances.json")
+    folder = Path(root) / "refer_seg/images/mscoco/images/train2014"
+    way_out = f"Download REFER's {refs_file.parent.name}.zip and COCO's train2014 images"
+    if dataset == "shapes":
+        way_out = f"Write the shapes world: python tests/tiny/world.py {root}"
+    require(way_out, refs_file, instances_file, folder)
+    try:
+        instances = json.loads(instances_file.read_bytes())
+        images = {image["id"]: image for image in instances["images"]}
+        annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    except Exception as error:
+        raise LensError(f"{instances_file}: damaged ({error!r}). Download it again.") from None
+    present = set(os.listdir(folder))
+    for n, ref in enumerate(read_refs(refs_file)):
+        try:
+            if ref["split"] not in splits:
+                continue
+            image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
+            name = image.get("file_name")       # of images that are not COCO's
+            if name not in present:
+                name = f"COCO_train2014_{ref['image_id']:012d}.jpg"
+            if name not in present:
+                raise ValueError(f"its image {folder}/{name} is missing: download COCO's train2014")
+            yield refer_record(ref, image, annotation, dataset, f"{folder}/{name}")
+        except Exception as error:
+            yield LensError(f"{refs_file}, record {n}: damaged, or missing in {instances_file} "
+                            f"({error!r}). Download both.")
+
+
+def refer_record(ref, image, annotation, dataset, path):
+    """One ref with its entries in instances.json and the path of its image -> a record. Blank
+    expressions are left out of training; in evaluation they count, as in the published numbers."""
+    x, y, w, h = annotation["bbox"]
+    sentences = [sentence for sentence in ref["sentences"]
+                 if sentence["sent"].strip() or ref["split"] != "train"]
+    if not (sentences and x < x + w < math.inf and y < y + h < math.inf):
+        raise ValueError(f"no expression, or the box {x, y, w, h} is empty")
+    return {"id": f"{dataset}/{ref['ref_id']}", "split": ref["split"], "image": path,
+            "expressions": [sentence["sent"] for sentence in sentences],
+            "size": (image["height"], image["width"]), "gt_box": (x, y, x + w, y + h),
+            "segmentation": annotation["segmentation"],
+            "groups": [tuple(sentence.get("groups", ())) for sentence in sentences]}
+
+
+def read_refs(path):
+    """refs(*).p -> list of dicts. Python 2 pickled the originals, hence latin1."""
+    try:
+        return PlainUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
+    except Exception as error:                  # a broken pickle can raise nearly anything
+        raise LensError(f"{path}: no readable refs file ({error}). Download it again.") from None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """refs(*).p is a pickle from the internet, so nothing but plain data is accepted."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations never need")
+
+
+def read_reasonseg(root, dataset, splits):
+    """ReasonSeg: a json beside every image. Training uses all its texts, evaluation the first."""
+    for split in splits:
+        folder = Path(root) / "reason_seg/ReasonSeg" / split
+        require("Download ReasonSeg, to which LISA's repository links", folder)
+        for path in sorted(folder.glob("*.json")):
+            try:
+                expressions, shapes = reasonseg_annotation(path.read_bytes())
+                image, *_ = filter(Path.exists, map(path.with_suffix, IMAGE_SUFFIXES))
+                expressions = expressions if split == "train" else expressions[:1]
+                yield {"id": f"reasonseg/{split}/{path.stem}", "split": split, "image": str(image),
+                       "expressions": expressions, "size": None, "gt_box": None,
+                       "segmentation": shapes, "groups": [()] * len(expressions)}
+            except Exception as error:
+                yield LensError(f"{path}: damaged, or its image is missing ({error!r}).")
+
+
+def reasonseg_annotation(content):
+    """The bytes of a file, UTF-8 or cp1252 -> its texts, and a tuple of (label, points), where
+    points is a list of [x, y]. labelme's rectangles and circles become polygons."""
+    try:
+        annotation = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        annotation = json.loads(content.decode("cp1252"))
+    shapes = []
+    for shape in annotation["shapes"]:
+        points, kind = np.array(shape["points"], float).reshape(-1, 2), shape.get("shape_type")
+        if not (abs(points) < 1e5).all():                       # NaN as well
+            raise ValueError("a point lies far outside the image, or is no number")
+        corners = points.astype(np.int32)
+        if kind == "rectangle":                                 # two opposite corners
+            (x1, y1), (x2, y2) = corners
+            corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
+        elif kind == "circle":                                  # its centre, and a point on it
+            radius = round(math.dist(*points))
+            corners = cv2.ellipse2Poly(corners[0], (radius, radius), 0, 0, 360, 1)
+        elif kind not in ("polygon", None):
+            raise ValueError(f"a shape of type {kind!r}: draw a polygon")
+        shapes.append((shape["label"].lower(), corners.tolist()))
+    return list_of_expressions(annotation["text"]), tuple(shapes)
+
+
+def list_of_expressions(text):
+    """One expression or a list of them -> list. Raises ValueError for anything else."""
+    expressions = [text] if isinstance(text, str) else text
+    if not expressions or not all(isinstance(e, str) and e.strip() for e in expressions):
+        raise ValueError("it needs a text that is not blank")
+    return expressions
+
+
+def read_lines(root, dataset, splits):
+    """One json per line: GroundingSuite-Eval, whose boxes are loose, and folders of one's own."""
+    suite = dataset == "groundingsuite"
+    if suite:                                   # it is never training data
+        splits = ["eval"] if "eval" in splits else []
+    for split in splits:
+        path = Path(root) / dataset / f"{split}.jsonl"
+        images, way_out = path.parent, "Put your own data there"
+        if suite:
+            path, images = Path(root, DATASETS[dataset][0]), Path(root, "COCO")
+            way_out = "Download GroundingSuite-Eval.jsonl and COCO's unlabeled2017 images"
+        require(way_out, path, images)
+        for n, line in enumerate(path.read_bytes().splitlines(), 1):    # U+2028 ends no line
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if suite:
+                    row = {"image": row["image_path"], "text": row["caption"], "box": row["box"],
+                           "mask": row["segmentation"], "groups": [CLASSES[row["class_id"]]]}
+                record = line_record(row, path.parent, images)
+                yield {"id": f"{dataset}/{split}/{n}", "split": split, **record}
+            except Exception as error:
+                yield LensError(f"{path}, line {n}: damaged ({error!r}). "
+                                f"data.py's first lines show what a line holds.")
+
+
+def line_record(row, folder, images):
+    """One line -> a record but for its id and split. Names of mask files are relative to `folder`,
+    those of images to `images`."""
+    expressions, mask, box = list_of_expressions(row["text"]), row.get("mask"), row.get("box")
+    image = images / row["image"]
+    if not mask and not box:
+        raise ValueError("it needs a mask or a box")
+    if not image.exists():
+        raise ValueError(f"its image {image} is missing")
+    if box:
+        box = tuple(map(float, box))
+        x1, y1, x2, y2 = box
+        if not (x1 < x2 and y1 < y2 and all(map(math.isfinite, box))):
+            raise ValueError(f"{box} is no box (x1, y1, x2, y2)")
+    return {"image": str(image), "expressions": expressions, "gt_box": box or None,
+            "size": tuple(mask["size"]) if isinstance(mask, dict) else None,
+            "segmentation": str(folder / mask) if isinstance(mask, str) else mask,
+            "groups": [tuple(row.get("groups", ()))] * len(expressions)}
+
+
 def find_datasets(root):
-    """{dataset: its splits} of all that lies below root."""
-    root = Path(root)
-    suite_file, _ = suite_paths(root)
-    places = {name: refs_path(root, name) for name in DATASETS}
-    places |= {"reasonseg": root / "reason_seg/ReasonSeg", "groundingsuite": suite_file}
-    found = {name: list(DATASETS[name]) for name, place in places.items() if place.exists()}
-    for path in sorted(root.glob("*/*.jsonl")):     # folders of one's own
-        if path != suite_file:
-            found.setdefault(path.parent.name, []).append(path.stem)
-    return found
+    """{dataset: its splits} for everything that lies below root."""
+    datasets = {name: list(splits) for name, (place, splits) in DATASETS.items()
+                if Path(root, place).exists()}
+    for path in sorted(Path(root).glob("*/*.jsonl")):       # folders of one's own
+        datasets.setdefault(path.parent.name, []).append(path.stem)
+    return datasets
 
 
-# --- Pictures and masks ---------------------------------------------------------------------------
-
-def refuse_size(path, size, annotated):
-    """LensError for a picture of `size` (H, W) that is not the annotated one or too long."""
-    if annotated and size != tuple(annotated):
-        raise LensError(f"{path}: {size[::-1]} pixels, annotated as {annotated[::-1]}. "
-                        f"Take the original.")
-    if max(size) > 200 * min(size):                 # Qwen's image processors raise
-        raise LensError(f"{path}: {size[::-1]} pixels. The MLLM takes no picture whose long side "
-                        f"is above 200 times the short one: crop it, or leave it out.")
+def require(way_out, *paths):
+    """Raise LensError for the first path that does not exist."""
+    for path in paths:
+        if not path.exists():
+            raise LensError(f"{path} is missing. {way_out} (data.py's first lines show the place), "
+                            "or begin with --preset tiny.")
 
 
-def load_picture(path, size=None):
-    """-> RGB picture; a missing or corrupt file is one error that names it. A camera's rotation is
-    followed, as viewers do, unless the annotated `size` (H, W) is that of the pixels as stored."""
-    try:
-        picture = Image.open(path)
-        if size is None or picture.size != tuple(size)[::-1]:
-            picture = ImageOps.exif_transpose(picture)
-        refuse_size(path, picture.size[::-1], size)
-        return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise LensError(f"{path}: no readable picture ({error}). Download it again.") from None
+def take_evenly(records, limit):
+    """`limit` of the records, spread evenly over all of them (--limit); 0 takes all."""
+    if not limit or limit >= len(records):
+        return records
+    return [records[i] for i in np.linspace(0, len(records) - 1, limit).astype(int)]
 
 
-def decode_mask(segmentation, size):
-    """COCO polygons (their union) or RLE, compressed or not -> (H, W) bool."""
-    rle = segmentation
-    if isinstance(segmentation, list):
-        if any(np.ndim(polygon) != 1 for polygon in segmentation):
-            raise ValueError("a polygon is a flat list x, y, x, y, ...")
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]   # 2 enclose nothing
-        if not polygons:
-            return np.zeros(size, bool)
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-    elif isinstance(segmentation["counts"], list):
-        counts = segmentation["counts"]
-        if counts and sum(counts) != math.prod(segmentation["size"]):     # the rest is random
-            raise ValueError("its counts do not add up to its size")
-        rle = coco_mask.frPyObjects(segmentation, *size)
-    return coco_mask.decode(rle).astype(bool) if rle["counts"] else np.zeros(size, bool)
-
-
-def draw_reasonseg(shapes, size):
-    """ReasonSeg's (label, points) -> mask, ignored pixels, both (H, W) bool. The largest is drawn
-    first; "flag" is no object, "ignore" in a label hides what is below, all else is the object."""
-    drawn = [(fill_polygon(points, size), "ignore" in label)
-             for label, points in shapes if label != "flag"]
-    mask, ignore = np.zeros(size, bool), np.zeros(size, bool)
-    for i in np.argsort([filled.sum() for filled, _ in drawn])[::-1]:
-        filled, hides = drawn[i]
-        mask[filled] = not hides
-        ignore[filled] = hides
-    return mask, ignore
-
-
-def fill_polygon(points, size):
-    """points (n, 2) x, y, fractions dropped, anywhere; size (H, W) -> (H, W) bool: outline and
-    even-odd interior, as cv2.polylines and cv2.fillPoly of OpenCV 4.11, 4.13 and 5.0 draw them: no
-    pixel differs on 40,400 random polygons each. ReasonSeg's published numbers rest on it: 4.8 to
-    4.10 differ by about 18 pixels in a large outline, Pillow by about 230."""
-    mask = np.zeros(size, dtype=bool)
-    crossings = [[] for _ in range(size[0])]        # where a row meets the sides, x in 1/65536
-    corners = np.asarray(points, dtype=np.int64)
-    for side in np.stack([np.roll(corners, 1, axis=0), corners], axis=1):   # (2, 2): both its ends
-        ends = cut_side(side, size)
-        if ((ends >= 0) & (ends < size[::-1])).all():
-            # Outline: Bresenham from the left end, where a tie keeps the pixel already reached
-            start, stop = ends[np.argsort(ends[:, 0], kind="stable")]
-            run = stop - start
-            steps = np.abs(run).max()
-            k = np.arange(steps + 1)[:, None]
-            x, y = (start + (2 * run * k + steps - (run > 0)) // max(2 * steps, 1)).T
-            mask[y, x] = True
-        if ends[0, 1] == ends[1, 1]:                # cut to one row: OpenCV keeps the uncut y
-            ends[:, 1] = side[:, 1]
-        run = ends[1] - ends[0]
-        slope = int((run[0] << 16) / (run[1] or 1))
-        x, y = ends[0] if side[0, 1] < side[1, 1] else ends[1]
-        for row in range(*np.clip(sorted(side[:, 1]), 0, size[0])):
-            crossings[row].append(int(x << 16) + int(row - y) * slope)
-    for row, xs in zip(mask, crossings):            # interior: first crossing to second and so on
-        xs.sort()
-        for begin, end in zip(xs[::2], xs[1::2]):
-            row[max(-(-begin >> 16), 0):max((end >> 16) + 1, 0)] = True
-    return mask
-
-
-def cut_side(side, size):
-    """Both ends of a side (2, 2), cut at the picture's border; whole if all beyond one border."""
-    ends = side.copy()
-    for axis in (1, 0):             # OpenCV's order, for every cut shifts a side a little
-        inside = np.clip(ends, 0, np.array(size[::-1]) - 1)
-        beyond = ends - inside
-        if (np.sign(beyond).prod(0) > 0).any():
-            return ends
-        for end in (0, 1):
-            if beyond[end, axis]:
-                run = ends[1] - ends[0]
-                ends[end, 1 - axis] -= int(beyond[end, axis] * run[1 - axis] / run[axis])
-                ends[end, axis] = inside[end, axis]
-    return ends
-
-
-def load_masks(record, size):
-    """-> mask, ignored pixels, each (H, W) bool. Of a record with a box alone all is ignored, so
-    that neither loss nor reward nor metric looks at its mask."""
-    segmentation = record["segmentation"]
-    mask, ignore = np.zeros(size, bool), np.zeros(size, bool)
-    try:
-        if segmentation is None:
-            ignore[:] = True
-        elif isinstance(segmentation, tuple):
-            mask, ignore = draw_reasonseg(segmentation, size)
-        elif isinstance(segmentation, str):
-            picture = Image.open(segmentation)      # what is not black is the object
-            if picture.mode not in ("1", "L", "P", "I;16", "I"):
-                picture = picture.convert("RGB")
-            mask = np.asarray(picture) != 0
-            mask = mask.any(-1) if mask.ndim == 3 else mask
-        else:
-            mask = decode_mask(segmentation, size)
-        if mask.shape != tuple(size):
-            raise ValueError(f"{mask.shape[::-1]} pixels")
-    except DAMAGED as error:
-        raise LensError(f"{record['id']} ({record['image']}, {size[1]} x {size[0]} pixels): its "
-                        f"segmentation is damaged or of another size ({type(error).__name__}: "
-                        f"{error}). Download or make it again.") from None
-    return mask, ignore
-
-
-def extent(mask):
-    """The box (picture frame) that encloses a mask, max + 1; (0, 0, 0, 0) for an empty one."""
-    return Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
-
-
-def load_item(record, text_index):
-    """One record with one of its expressions, decoded -> {"id", "text", "image" (PIL, RGB), "mask",
-    "ignore" (both (H, W) bool), "box" (picture frame)}. LensError for what is damaged."""
-    image = load_picture(record["image"], record["size"])
-    mask, ignore = load_masks(record, image.size[::-1])
-    return {"id": f"{record['id']}/{text_index}", "text": record["texts"][text_index],
-            "image": image, "mask": mask, "ignore": ignore, "box": record["box"] or extent(mask)}
+def fingerprint(records):
+    """A short hex string of the annotations that decide the training data, in their order. It does
+    not depend on where they lie, and it does not see whether a file of an image or mask changed."""
+    digest = hashlib.sha256()
+    for record in records:
+        content = [record[name] for name in ("id", "expressions", "size", "gt_box")]
+        if not isinstance(record["segmentation"], str):
+            content.append(record["segmentation"])
+        digest.update(repr(content).encode())
+    return digest.hexdigest()[:16]
 
 
 # --- Order and batches ----------------------------------------------------------------------------
 
 class EvaluationRows(Dataset):
-    """(record, index of one of its texts), decoded when asked for. Every expression of every object
-    is a row (the field's metric); `limit` takes rows evenly, `rows` gives them as they are."""
+    """Evaluation has one row for every expression of every object, as is usual in the field. A row
+    is (record, index of one of its expressions); it is loaded when asked for. `limit` takes some of
+    the rows, evenly."""
 
-    def __init__(self, records=(), limit=None, rows=None):
-        self.rows = rows or [(record, i) for record in records for i in range(len(record["texts"]))]
-        self.total = len(self.rows)
-        if limit and limit < self.total:
-            keep = np.linspace(0, self.total - 1, limit).astype(int)
-            self.rows = [self.rows[i] for i in keep]
+    def __init__(self, records, limit=0):
+        rows = [(record, i) for record in records for i in range(len(record["expressions"]))]
+        self.total = len(rows)
+        self.rows = take_evenly(rows, limit)
 
     def __len__(self):
         return len(self.rows)
@@ -487,69 +519,42 @@ class EvaluationRows(Dataset):
     def __getitem__(self, k):
         return load_item(*self.rows[k])
 
-    def key(self, k):
-        record, text = self.rows[k]
-        return f"{record['id']}/{text}"
-
 
 class TrainingStream(Dataset):
-    """Training as one endless sequence, one expression per object and epoch. Item k is a function
-    of (records, seed, k): a run that resumes, on any number of processes, goes on with its data."""
+    """Training data as one endless sequence, in which each epoch has every object once, with one of
+    its expressions. Item k depends only on (records, seed, k), so a run that resumes, on any number
+    of processes, goes on with the same data."""
 
     def __init__(self, records, seed):
         self.records, self.seed = records, seed
         self.epoch, self.order = None, None
 
-    def choose(self, k):
-        """-> the record and the index of its text that item k is"""
+    def __getitem__(self, k):
         epoch, place = divmod(k, len(self.records))
         if epoch != self.epoch:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
             self.epoch = epoch
         index = int(self.order[place])
         record = self.records[index]
-        text = np.random.default_rng([self.seed, epoch, index]).integers(len(record["texts"]))
-        return record, int(text)
-
-    def __getitem__(self, k):
-        return load_item(*self.choose(k))
-
-    def rows(self, first, last):
-        """What the items first, ..., last - 1 are, each once, the largest pictures first."""
-        chosen = {}
-        for k in range(first, last):
-            record, text = self.choose(k)
-            chosen[record["id"], text] = math.prod(record["size"] or (0,)), (record, text)
-        largest_first = sorted(chosen.values(), key=lambda sized: sized[0], reverse=True)
-        return EvaluationRows(rows=[row for _, row in largest_first])
-
-
-SAM_MEAN, SAM_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-
-
-def sam_picture(image, size):
-    """PIL -> (3, size, size) float, squashed to SAM's square and normalised as sam2 does."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
-    return (pixels - SAM_MEAN[:, None, None]) / SAM_STD[:, None, None]
-
-
-def shrink(masks, side):
-    """B masks (H_b, W_b) bool -> (B, side, side) float: the share of each cell that is true."""
-    cells = [F.adaptive_avg_pool2d(mask[None].float(), (side, side))[0] for mask in masks]
-    return torch.stack(cells)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return load_item(record, int(rng.integers(len(record["expressions"]))))
 
 
 class Collator:
-    """Items -> the tensors of one batch of B prompts. Runs in the loader's workers.
+    """Items -> one batch of B prompts. It runs in the processes that load images.
 
-    ids, types     lists of B (P_b,) long: prompt tokens, and 1 where one is a piece of the picture
-    pixel_values   (patches of all pictures, D); grid_thw (B, 3), in patches
-    sam_pixels     (B, 3, S, S)
-    low_masks      (B, S/4, S/4) float in [0, 1]: the truth at the decoder's resolution, averaged
-    low_weights    (B, S/4, S/4) float in [0, 1]: how much of each cell is not ignored
-    masks, ignores lists of B (H_b, W_b) bool, at the pictures' size
-    boxes, frames  lists of B: true box in the picture frame; (width, height) of the MLLM frame
+    prompt_ids, token_types     lists of B (P_b,) long: the prompt's tokens, and 1 where a token is
+                                a piece of the image
+    pixel_values                (patches of all images, values per patch), for the MLLM
+    grid_thw                    (B, 3): each image's patches, as (1, height, width)
+    sam_pixels                  (B, 3, S, S)
+    low_res_masks               (B, S/4, S/4) float in [0, 1]: the ground truth, averaged down to
+                                the resolution of SAM's decoder
+    low_res_weights             (B, S/4, S/4) float in [0, 1]: how much of a cell is not ignored
+    gt_masks, ignore_masks      lists of B (H_b, W_b) bool, at the size of the images
+    gt_boxes                    list of B, image frame
+    mllm_frames                 list of B (width, height), see `mllm_frame`
+    expressions, row_ids        lists of B strings
     """
 
     def __init__(self, processor, model_type, sam_size, max_prompt, prompt="paper"):
@@ -557,34 +562,58 @@ class Collator:
         self.max_prompt, self.prompt = max_prompt, prompt
 
     def __call__(self, items):
-        images, texts = [item["image"] for item in items], [item["text"] for item in items]
+        images, expressions = zip(*[(item["image"], item["expression"]) for item in items])
+        special = self.processor.tokenizer.get_added_vocab()        # "<|image_pad|>": its id, ...
+        for item in items:
+            if any(token in item["expression"] for token in special):
+                raise LensError(f"{item['id']}: its expression {item['expression']!r} holds a "
+                                "special token of the MLLM. Write it in other words.")
         prompts = [self.processor.apply_chat_template(
-            chat_messages(text, self.prompt), add_generation_prompt=True) for text in texts]
-        encoded = self.processor(text=prompts, images=images, return_mm_token_type_ids=True)
-        ids = [torch.as_tensor(row) for row in encoded["input_ids"]]
-        for item, row in zip(items, ids):
-            if len(row) > self.max_prompt:          # never cut: half a picture is not a prompt
-                raise LensError(f"{item['id']}: its prompt has {len(row)} tokens, the limit is "
+            chat_messages(expression, self.prompt), add_generation_prompt=True)
+            for expression in expressions]
+        encoded = self.processor(text=prompts, images=list(images), return_mm_token_type_ids=True)
+        prompt_ids = [torch.as_tensor(ids) for ids in encoded["input_ids"]]
+        for item, ids in zip(items, prompt_ids):
+            if len(ids) > self.max_prompt:      # never cut: half an image is not a prompt
+                raise LensError(f"{item['id']}: its prompt has {len(ids)} tokens, the limit is "
                                 f"{self.max_prompt}. Raise --max-prompt or lower --max-pixels.")
         grids = torch.as_tensor(encoded["image_grid_thw"])
-        patch = self.processor.image_processor.patch_size
-        masks = [torch.from_numpy(item["mask"]) for item in items]
-        ignores = [torch.from_numpy(item["ignore"]) for item in items]
-        low_weights = shrink([~ignore for ignore in ignores], self.sam_size // 4)
-        low_masks = shrink(masks, self.sam_size // 4) / low_weights.clamp(min=1e-6)
+        patch_size = self.processor.image_processor.patch_size
+        gt_masks = [torch.from_numpy(item["gt_mask"]) for item in items]
+        ignore_masks = [torch.from_numpy(item["ignore_mask"]) for item in items]
+        weights = average_down([~ignore for ignore in ignore_masks], self.sam_size // 4)
         return {
-            "ids": ids, "types": [torch.as_tensor(row) for row in encoded["mm_token_type_ids"]],
+            "prompt_ids": prompt_ids,
+            "token_types": [torch.as_tensor(row) for row in encoded["mm_token_type_ids"]],
             "pixel_values": torch.as_tensor(encoded["pixel_values"]), "grid_thw": grids,
-            "sam_pixels": torch.stack([sam_picture(image, self.sam_size) for image in images]),
-            "low_masks": low_masks, "low_weights": low_weights, "masks": masks, "ignores": ignores,
-            "boxes": [item["box"] for item in items],
-            "frames": [mllm_frame(self.model_type, grid, patch) for grid in grids],
-            "texts": texts, "keys": [item["id"] for item in items],
+            "sam_pixels": torch.stack([sam_image(image, self.sam_size) for image in images]),
+            "low_res_masks": (average_down(gt_masks, self.sam_size // 4)
+                              / weights.clamp(min=1e-6)),
+            "low_res_weights": weights, "gt_masks": gt_masks, "ignore_masks": ignore_masks,
+            "gt_boxes": [item["gt_box"] for item in items],
+            "mllm_frames": [mllm_frame(self.model_type, grid, patch_size) for grid in grids],
+            "expressions": list(expressions), "row_ids": [item["id"] for item in items],
         }
 
 
+SAM_MEAN, SAM_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def sam_image(image, size):
+    """PIL image -> (3, size, size) float, resized to SAM's square and normalised as sam2 does."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
+    return (pixels - SAM_MEAN[:, None, None]) / SAM_STD[:, None, None]
+
+
+def average_down(masks, side):
+    """B masks (H_b, W_b) bool -> (B, side, side) float: the share of each cell that is true."""
+    cells = [F.adaptive_avg_pool2d(mask[None].float(), (side, side))[0] for mask in masks]
+    return torch.stack(cells)
+
+
 def select(batch, indices):
-    """The sub-batch of some of a batch's prompts; only pixel_values has no leading B."""
+    """The smaller batch of some of a batch's prompts. Only pixel_values has no leading B."""
     patches = batch["pixel_values"].split(batch["grid_thw"].prod(-1).tolist())
     selected = {}
     for name, value in batch.items():
@@ -598,80 +627,83 @@ def select(batch, indices):
 
 
 def to_device(batch, device):
-    """Move what the models read; token ids stay on the CPU, where groups are packed."""
-    read = ("pixel_values", "grid_thw", "sam_pixels", "low_masks", "low_weights")
+    """Move what the models read. Token ids stay on the CPU, where rows are packed."""
+    read = ("pixel_values", "grid_thw", "sam_pixels", "low_res_masks", "low_res_weights")
     return {**batch, **{name: batch[name].to(device, non_blocking=True) for name in read}}
 
 
-def training_batches(stream, collate, start, steps, batch, rank, world, workers, device):
-    """One batch of this rank's prompts per step, from step `start` on. Step s takes items s*batch
-    and on, rank r its r-th share: a step's data does not depend on the number of processes."""
+# --- Loading in other processes -------------------------------------------------------------------
+
+def training_batches(stream, collate, start, steps, batch, rank, world, workers, device,
+                     received=()):
+    """-> iterator of this rank's batch in each step, from step `start` on. Step s takes items
+    s * batch and on, and rank r its r-th share, so the data of a step does not depend on the number
+    of processes. `received`: see load_batches."""
     share = batch // world
     firsts = range(start * batch + rank * share, steps * batch, batch)
     batches = [range(first, first + share) for first in firsts]
-    return load_batches(stream, batches, collate, workers, device)
+    return load_batches(stream, batches, collate, workers, device, received)
 
 
-def load_batches(rows, batches, collate, workers, device):
-    """A DataLoader over lists of indices. Its processes ignore the signals that end a run (see
-    align.watch_signals): torchrun sends them to every process, and without loaders a run dies."""
-    return DataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+POLL, PATIENCE = 2, 600     # seconds: between two looks at `received`, and without any batch
+LOADER_HELP = ("The processes that load images (--workers) died, cannot send their batches or are "
+               "stuck. Allow more open files (ulimit -n 65536), give a container more shared "
+               "memory (docker run --shm-size 16g), or load in this process (--workers 0).")
 
 
-def ignore_signals(worker):
+def load_batches(rows, batches, collate, workers, device, received=()):
+    """-> iterator of a batch for each list of indices in `batches`, loaded by `workers` processes.
+
+    Raises LensError if the processes die or send nothing for PATIENCE seconds, and within two POLLs
+    of a signal: `received` is a list that a signal handler fills (align.watch_signals)."""
+    loader = DataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                        worker_init_fn=prepare_worker, timeout=POLL if workers else 0,
+                        pin_memory=device.type == "cuda")
+    try:
+        iterator = iter(loader)
+        for _ in batches:
+            yield next_batch(iterator, received)
+    except (RuntimeError, OSError) as error:
+        if not workers or str(error).startswith("Caught"):  # an error of the data, not of loading
+            raise
+        raise LensError(f"{LOADER_HELP} ({error})") from None
+
+
+def next_batch(iterator, received):
+    """The next batch of a DataLoader whose timeout is POLL."""
+    signalled = False
+    for _ in range(0, PATIENCE, POLL):
+        try:
+            return next(iterator)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+        if signalled:
+            raise LensError(f"stopped by signal {received[0]} while waiting for a batch: go on "
+                            "from the last checkpoint with --resume")
+        signalled = bool(received)
+    raise RuntimeError(f"No batch for {PATIENCE} seconds.")
+
+
+def prepare_worker(worker):
+    """A process that loads images ignores the signals that torchrun sends to everyone: the training
+    process still needs it to finish its step. It sends tensors through its pipe, as NumPy arrays.
+    By default they would lie in shared memory, each with a file descriptor of its own, about 500
+    for a batch of 128 prompts."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
 
-# --- python data.py --check ROOT ------------------------------------------------------------------
+# --- Errors and files -----------------------------------------------------------------------------
 
-def check(root):
-    """Read every annotation below root, decode its mask, and print counts beside the published ones
-    and what is broken. -> 1 where something is broken, else 0."""
-    found = find_datasets(root)
-    broken = sum(check_split(root, name, split) for name in found for split in found[name])
-    if not found:
-        print(f"{root}: no dataset here. data.py's first lines show where each belongs.")
-    return int(broken > 0 or not found)
+class LensError(Exception):
+    """An error that the user can mend. The message names the file or flag and the way out."""
 
 
-def check_split(root, dataset, split):
-    """Print a split's counts. -> how many of its records are broken."""
-    objects = texts = empty = broken = 0
-    records = tqdm(read_dataset(root, dataset, [split]), desc=f"{dataset} {split}", leave=False)
-    try:
-        for record in records:
-            try:
-                mask, ignore = check_record(record)
-                objects += 1
-                texts += len(record["texts"])
-                empty += not (mask | ignore).any()
-            except (LensError, OSError) as error:
-                tqdm.write(str(error))
-                broken += 1
-    except LensError as error:                      # the whole split is missing
-        tqdm.write(str(error))
-        broken += 1
-    published = "/".join(str(n or "?") for n in DATASETS.get(dataset, {}).get(split, "-"))
-    print(f"{dataset:16s}{split:6s} {objects:6d} objects, {texts:6d} expressions (published: "
-          f"{published}), {empty} without a mask, {broken} broken")
-    return broken
-
-
-def check_record(record):
-    """-> mask, ignored pixels. Of the picture only presence and size are looked at."""
-    if isinstance(record, LensError):
-        raise record
-    with Image.open(record["image"]) as picture:
-        size = picture.size[::-1]
-        if size != record["size"] and picture.getexif().get(0x0112, 1) > 4:   # as load_picture
-            size = size[::-1]
-    refuse_size(record["image"], size, record["size"])
-    return load_masks(record, size)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Read all annotations, name what is broken.")
-    parser.add_argument("--check", required=True, metavar="ROOT", help="what --data names")
-    sys.exit(check(parser.parse_args().check))
+def write_whole(path, text):
+    """Write a file under another name and rename it, so that it is never found half-written."""
+    path, unfinished = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(text)
+    unfinished.replace(path)

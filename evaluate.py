@@ -1,41 +1,33 @@
-"""Evaluation: a greedy answer, a mask at the picture's own size, the field's metrics and tables.
+"""Evaluation: a greedy completion for each expression, its box, its mask and the field's metrics.
 
-    python tests/tiny/world.py runs/shapes                                # once: the world to see
-    python evaluate.py --preset tiny --checkpoint runs/tiny/rl            # a table, under a minute
-    torchrun --nproc_per_node=8 evaluate.py --checkpoint runs/rl --splits all \\
-        --predictions rows.jsonl                                          # Tables 1 and 2
+    python tests/tiny/world.py runs/shapes                           # once: the laptop's images
+    python evaluate.py --preset tiny --checkpoint runs/tiny/rl       # a table, in under a minute
+    torchrun --nproc_per_node=8 evaluate.py --checkpoint runs/rl --splits all --json results.json \\
+        --predictions rows.jsonl                                     # all benchmarks, on 8 GPUs
     python evaluate.py --preset tiny --checkpoint runs/tiny/rl --image docs/shapes.png \\
-        --text "the largest red circle" --output overlay.png              # one picture
-    python evaluate.py --curves runs/tiny/rl --output docs/curves.png     # needs matplotlib
-    python tests/gallery.py rows.jsonl gallery.html --data datasets       # what --predictions kept
+        --text "the largest red circle" --output overlay.png         # one image
+    python tests/tools/gallery.py rows.jsonl gallery.html --data datasets    # see the predictions
 
-Where it stands in the paper: inference (Eqs. 1-4), Tables 1 and 2. `--splits all` is every
-evaluation split of every dataset found below --data: the columns of those tables and
-GroundingSuite-Eval, ours beside the paper's.
+`predict` is the method as it is used: Eqs. 1-4, then a mask at the image's own size. Each mask is
+drawn twice, once with the context queries and once the Seg-Zero way, in which the predicted box
+prompts an untouched SAM 2. `--sam-prompt` says which of the two is counted. `--sam-prompt box`
+works without a checkpoint, with the MLLM and SAM as they were published.
 
-Metrics (LISA's, the field's standard). Every expression is one row, and none is skipped: an answer
-without a box still has a mask.
-    giou      mean of I / (U + 1e-5) over the rows, 1 where both masks are empty
-    ciou      sum of all I over the sum of all U
-    box_iou   mean IoU of the boxes
-    acc50     share of rows whose box IoU is above 0.5
-    format    share of answers in Fig. 4's format
-Pixels labelled "ignore" (ReasonSeg) are left out of I and U; `--ignore background` counts as the
-released code does, `--ignore foreground` as Seg-Zero does.
+The metrics are LISA's, as in the paper's Tables 1 and 2, and are defined in `summarize`. Every
+expression is one row and no row is left out: a completion without a box still has a mask.
+`--splits all` takes every evaluation split of every dataset below --data.
 
-Every answer is also segmented the Seg-Zero way: the predicted box prompts an untouched SAM 2
-(--sam; a converted checkpoint brings a SAM of its own), without any context module. A table sets
-both side by side for the quartiles of box IoU; `--prompt-with box` makes that way the one that is
-counted, and needs no checkpoint.
+Departure from the released code: pixels that ReasonSeg labels "ignore" do not count. The released
+code counts them as background (`--ignore background`).
 
-Letters: B prompts, (H, W) a picture's own height and width, S SAM's picture side.
+Letters: B prompts, D SAM's width, S the side of SAM's square image, (H, W) an image's own size.
 """
-import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Optional
+from tempfile import NamedTemporaryFile
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,577 +36,353 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from align import TINY, SharedArgs, fixed_cache, flag, parse_settings, run, start_processes
-from data import (Collator, EvaluationRows, LensError, find_datasets, load_batches, load_picture,
+from align import TINY, SharedArgs, at_least, flag, parse_settings, run, start_processes
+from data import (Collator, EvaluationRows, LensError, find_datasets, load_batches, load_image,
                   read_records, rescale_box, to_device, write_whole)
-from model import (SamHead, build_lens, context_positions, draw_uniforms, generate, load_sam,
-                   pack_groups, prompt_positions)
+from grpo import pack_groups
+from model import SamHead, build_lens, context_positions, load_sam, prompt_positions
 from rewards import box_iou, find_box, format_reward, full_size_masks, mask_counts
+from train_rl import decoding_cache, generate
 
 
-@dataclass
-class EvaluateArgs:
-    checkpoint: str = flag("", "a run's folder; none with --prompt-with box: the MLLM and SAM as "
-                               "they come")
-    splits: list[str] = flag(["val"], "val, testA, testB (RefCOCO, RefCOCO+); val, test (RefCOCOg, "
-                                      "ReasonSeg); eval (GroundingSuite); or all, of all datasets "
-                                      "below --data")
-    prompt_with: Literal["context", "box"] = flag(
-        "context", "what is counted: SAM prompted with the context queries, or the predicted box")
-    ignore: Literal["out", "background", "foreground"] = flag(
-        "out", "pixels labelled ignore: left out, or counted as one")
-    sample: bool = flag(False, "sample the answers at temperature 1 instead of greedy decoding")
-    eval_batch: int = flag(8, "rows decoded together")
-    json: str = flag("", "write the numbers to this file")
-    markdown: str = flag("", "write the tables to this file")
-    predictions: str = flag("", "keep one line per row in this file, and go on from it")
-    image: Optional[str] = flag(None, "segment this one picture (with --text)")
-    text: Optional[str] = flag(None, "the expression for --image")
-    curves: str = flag("", "draw this run's metrics.jsonl")
-    output: str = flag("overlay.png", "picture to write for --image or --curves")
+@torch.no_grad()
+def predict(batch, lens, stock_sam, tokenizer, max_completion, fixed=None):
+    """Eqs. 1-4 for B prompts: a greedy completion, the box that it names, and two masks.
 
-    def __post_init__(self):
-        if self.eval_batch < 1:
-            raise LensError(f"--eval-batch must be at least 1, not {self.eval_batch}")
-        if self.image is not None and not self.image.strip():
-            raise LensError("--image is empty: name a picture")
-        if self.text is not None and not self.text.strip():
-            raise LensError("--text is empty: say which object of the picture is meant")
-        if (self.image is None) != (self.text is None):
-            raise LensError("--image and --text go together: a picture, and what to find in it")
-        if not (self.checkpoint or self.curves or self.prompt_with == "box"):
-            raise LensError("--checkpoint is missing: the folder of a run (train one with align.py "
-                            "and train_rl.py; --preset tiny needs no download), or --prompt-with "
-                            "box for the MLLM and SAM as they come")
+    batch: as data.Collator makes it. stock_sam: a SamHead that was never trained here. fixed: a
+    cache for B sequences, see train_rl.decoding_cache.
 
-
-PRESETS = {"tiny": dict(TINY, eval_batch=50, limit=1000)}
+    -> list of B {"completion" (its text), "box" (image frame, or None), "format" (R_format, 0.0 or
+    1.0), "masks"}. The masks are (H, W) bool at the image's own size, one with the "queries" and
+    one with the "box" as SAM's prompt.
+    """
+    batch = to_device(batch, lens.queries.device)
+    positions = prompt_positions(lens.mllm, batch)                              # B x (3, P_b)
+    samples = generate(lens.mllm, batch, positions, 1, max_completion, lens.eos, lens.forbidden,
+                       fixed=fixed)                                             # Eq. 1, greedy
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for (ids,) in samples.completions]
+    boxes = [find_box(text, lens.prompt) for text in texts]                     # MLLM frame
+    features = lens.encode_images(batch["sam_pixels"])
+    logits = {"queries": prompt_with_queries(lens, batch, positions, samples.completions, features),
+              "box": prompt_with_boxes(stock_sam, batch, boxes, features)}      # (B, S/4, S/4) each
+    predictions = []
+    for b, (text, box) in enumerate(zip(texts, boxes)):
+        H, W = batch["gt_masks"][b].shape
+        masks = {way: full_size_masks(maps[b:b + 1], (H, W))[0].cpu()
+                 for way, maps in logits.items()}
+        if box is None:
+            masks["box"][:] = False                                             # no prompt, no mask
+        else:
+            box = rescale_box(box, batch["mllm_frames"][b], (W, H))             # image frame
+        # a completion that was cut at the limit has no end token, so its format is wrong
+        predictions.append({"completion": text, "box": box, "masks": masks,
+                            "format": format_reward(text) * samples.finished[b][0]})
+    return predictions
 
 
-# --- Answers and masks ----------------------------------------------------------------------------
+def prompt_with_queries(lens, batch, positions, completions, features):
+    """The way of LENS (Eqs. 2-4): the queries behind each completion prompt SAM. -> mask logits
+    (B, S/4, S/4)
 
-class Predictor:
-    """The models of --checkpoint, and an untouched SAM 2 for the Seg-Zero way."""
-
-    def __init__(self, shared, args, device):
-        dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
-        self.shared, self.args, self.device = shared, args, device
-        self.lens, self.processor = build_lens(shared, args.checkpoint, dtype)
-        self.stock_sam = SamHead(load_sam(shared.sam)).to(device).eval()
-        self.lens.to(device).eval()
-        self.fixed = fixed_cache(self.lens.mllm, shared, args.eval_batch, device)
-        self.collate = Collator(self.processor, self.lens.mllm.config.model_type,
-                                self.lens.sam_size, shared.max_prompt, shared.prompt)
-        self.counted = "context" if args.prompt_with == "context" else "box_prompt"
-
-    @torch.no_grad()
-    def predict(self, batch, places):
-        """Answers and masks of B prompts; a drawn answer (--sample) belongs to its row's place.
-
-        -> B dicts {"answer", "format" (0.0 or 1.0), "box" (picture frame, or None), "masks"}, the
-        last by way of prompting, "box_prompt" and, with a checkpoint, "context": (H, W) bool."""
-        lens = self.lens
-        batch = to_device(batch, self.device)
-        positions = prompt_positions(lens.mllm, batch)                          # B x (3, P_b)
-        samples = generate(lens.mllm, batch, positions, 1, self.shared.max_completion, lens.eos,
-                           lens.forbidden, self.uniforms(places), fixed=self.fixed)
-        completions, finished = samples.completions, samples.finished
-        decode = self.processor.tokenizer.decode
-        answers = [decode(group[0], skip_special_tokens=True) for group in completions]
-        boxes = [find_box(answer, lens.prompt) for answer in answers]           # MLLM frame
-        features = lens.encode_pictures(batch["sam_pixels"])
-        logits = {}                                                             # (B, S/4, S/4) each
-        if self.args.checkpoint:
-            logits["context"] = self.prompt_with_queries(batch, positions, completions, features)
-        logits["box_prompt"] = self.prompt_with_boxes(boxes, batch["frames"], features)
-        predictions = []
-        for b, (answer, box) in enumerate(zip(answers, boxes)):
-            height, width = batch["masks"][b].shape
-            masks = {way: full_size_masks(maps[b:b + 1], (height, width))[0].cpu()
-                     for way, maps in logits.items()}
-            if box is None:
-                masks["box_prompt"][:] = False                                  # no prompt, no mask
-            else:
-                box = rescale_box(box, batch["frames"][b], (width, height))     # picture frame
-            predictions.append({"answer": answer, "format": format_reward(answer) * finished[b][0],
-                                "box": box, "masks": masks})
-        return predictions
-
-    def uniforms(self, places):
-        """(B, max completion) in [0, 1), a function of seed and place; None decodes greedily."""
-        if not self.args.sample:
-            return None
-        longest = self.shared.max_completion
-        return draw_uniforms(self.shared.seed, 0, places, 1, longest).to(self.device)
-
-    def prompt_with_queries(self, batch, positions, completions, features):
-        """The way of LENS (Eqs. 2-4) -> mask logits (B, S/4, S/4)."""
-        lens = self.lens
-        positions = context_positions(positions, lens.positions)
-        packed = pack_groups(batch["ids"], positions, completions, lens.M, self.device)
-        return lens(batch["pixel_values"], batch["grid_thw"], packed, features,
-                    with_log_probs=False)["mask_logits"]
-
-    def prompt_with_boxes(self, boxes, frames, features):
-        """The way of Seg-Zero: B boxes (MLLM frame, or None) -> mask logits (B, S/4, S/4)."""
-        sam_frame = (self.lens.sam_size, self.lens.sam_size)
-        nothing = (0, 0, 0, 0)
-        boxes = [rescale_box(box or nothing, frame, sam_frame) for box, frame in zip(boxes, frames)]
-        boxes = torch.tensor(boxes, device=self.device).float()                 # (B, 4), SAM frame
-        prompts = self.stock_sam.box_prompts(boxes)                             # (B, 3, D)
-        return self.stock_sam(features, prompts[:, None])
+    positions: B x (3, P_b), those of the prompts; completions: B x 1 x (T_b,)."""
+    positions = context_positions(positions, lens.mask_pass)
+    packed = pack_groups(batch["prompt_ids"], positions, completions, lens.M, lens.queries.device)
+    return lens(batch["pixel_values"], batch["grid_thw"], packed, features,
+                with_log_probs=False)["mask_logits"]
 
 
-def count(mask, truth, ignore, convention):
-    """Masks (H, W) bool -> [intersection, union] in pixels, as --ignore says; None where the truth
-    is a box alone (all of it is ignored)."""
-    if ignore.all():
-        return None
-    if convention == "foreground":
-        truth = truth | ignore
-    left_out = ignore if convention == "out" else None
-    intersection, union = mask_counts(mask, truth, left_out)
-    return [int(intersection), int(union)]
+def prompt_with_boxes(stock_sam, batch, boxes, features):
+    """The way of Seg-Zero: B predicted boxes (MLLM frame) prompt an untouched SAM 2. -> mask logits
+    (B, S/4, S/4), which mean nothing where a box is None"""
+    S = batch["sam_pixels"].shape[-1]
+    boxes = [rescale_box(box or (0, 0, 0, 0), frame, (S, S))
+             for box, frame in zip(boxes, batch["mllm_frames"])]
+    boxes = torch.tensor(boxes, device=features[0].device)                      # (B, 4), SAM frame
+    return stock_sam(features, stock_sam.box_prompts(boxes)[:, None])           # (B, 1, 3, D)
 
 
-# --- Rows of a split ------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
+
+def summarize(rows, draws=1000):
+    """The metrics of n rows, which are dicts as `make_row` gives them.
+
+        giou      1/n sum_i I_i / (U_i + 1e-5)      where U_i = 0, both masks are empty: 1
+        ciou      sum_i I_i / sum_i U_i
+        box_iou   1/n sum_i IoU(box_i, gt_box_i)
+        acc50     1/n #{i: IoU(box_i, gt_box_i) > 0.5}
+        format    1/n sum_i R_format(completion_i)
+        n         the number of rows
+        giou_95, ciou_95, box_iou_95    [low, high], see `bootstrap`
+
+    I_i and U_i are the pixels in the intersection and the union of the mask and gt_mask. Rows whose
+    ground truth is a box alone are left out of giou and ciou. If all rows are such, both are None.
+    """
+    # the None of a row without a mask becomes NaN
+    I, U, boxes, formats = (np.array([row[name] for row in rows], dtype=float)
+                            for name in ("intersection", "union", "box_iou", "format"))
+    ious = np.where(U == 0, 1.0, I / (U + 1e-5))
+    giou = ciou = None
+    if not np.isnan(U).all():
+        giou = float(np.nanmean(ious))
+        ciou = float(np.nansum(I) / max(np.nansum(U), 1))
+    metrics = {"giou": giou, "ciou": ciou, "box_iou": float(boxes.mean()),
+               "acc50": float((boxes > 0.5).mean()), "format": float(formats.mean()),
+               "n": len(rows)}
+    objects = [row["id"].rpartition("/")[0] for row in rows]
+    for name, interval in bootstrap(ious, I, U, boxes, objects, draws).items():
+        metrics[f"{name}_95"] = None if metrics[name] is None else interval
+    return metrics
+
+
+def bootstrap(ious, I, U, boxes, objects, draws):
+    """95 % intervals of giou, ciou and box_iou: {name: [low, high]}.
+
+    One draw takes as many objects as there are, with replacement, and computes the metrics of their
+    rows. The interval runs from the 2.5 % to the 97.5 % quantile of all draws. Objects are drawn,
+    not rows, since the expressions of one object are not independent. The four arrays (n,) hold a
+    number for each row, `objects` the name of its object."""
+    _, owner = np.unique(objects, return_inverse=True)
+    columns = np.stack([ious, I, U, boxes, ~np.isnan(U), np.ones(len(U))], 1)   # (rows, 6)
+    sums = np.zeros((owner.max() + 1, 6))                                       # (objects, 6)
+    np.add.at(sums, owner, np.nan_to_num(columns))
+    n = len(sums)
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)   # (draws, objects)
+    ious, I, U, boxes, masks, rows = (times @ sums).T                           # (draws,) each
+    metrics = {"giou": ious / np.maximum(masks, 1), "ciou": I / np.maximum(U, 1),
+               "box_iou": boxes / rows}
+    return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in metrics.items()}
+
+
+def count(mask, gt_mask, ignore_mask, ignore):
+    """Masks (H, W) bool -> {"intersection", "union"} in pixels. ignore: "out" leaves the pixels of
+    ignore_mask out, "background" counts them as background. Both numbers are None if everything is
+    ignored, which says that the ground truth is a box alone."""
+    if ignore_mask.all():
+        return {"intersection": None, "union": None}
+    intersection, union = mask_counts(mask, gt_mask, ignore_mask if ignore == "out" else None)
+    return {"intersection": int(intersection), "union": int(union)}
+
+
+# --- Splits and their rows ------------------------------------------------------------------------
 
 @dataclass
 class Split:
-    """One split of one dataset; `name` is the bare split where one dataset is evaluated."""
-    name: str
-    dataset: str
-    split: str
+    name: str       # in the table: "val" if one dataset is evaluated, else "refcoco val"
+    full_name: str  # "refcoco val"
     rows: EvaluationRows
-
-    @property
-    def keys(self):
-        return [self.rows.key(k) for k in range(len(self.rows))]
 
 
 def find_splits(shared, args):
-    """What --datasets and --splits ask for: list of Split."""
+    """What --datasets and --splits ask for: a list of Split."""
     if args.splits == ["all"]:
-        wanted = {dataset: [split for split in splits if split != "train"]
-                  for dataset, splits in find_datasets(shared.data).items()}
+        names = {dataset: [name for name in names if name != "train"]
+                 for dataset, names in find_datasets(shared.data).items()}
     else:
-        wanted = {dataset: args.splits for dataset in shared.datasets}
-    bare_names = args.splits != ["all"] and len(wanted) == 1
-    found = []
-    for dataset, splits in wanted.items():
-        records = read_records(shared.data, [dataset], splits) if splits else []
-        for split in dict.fromkeys(splits):
-            of_split = [record for record in records if record["split"] == split]
-            name = split if bare_names else f"{dataset} {split}"
-            found.append(Split(name, dataset, split, EvaluationRows(of_split, shared.limit)))
-    if not found:
-        raise LensError(f"{shared.data}: no dataset with an evaluation split here. data.py's first "
-                        f"lines say where each belongs; python data.py --check {shared.data} looks "
-                        f"at what lies there.")
-    return found
+        names = {dataset: args.splits for dataset in shared.datasets}
+    short_names = args.splits != ["all"] and len(names) == 1
+    splits = []
+    for dataset in names:
+        records = read_records(shared.data, [dataset], names[dataset])
+        for name in names[dataset]:
+            rows = EvaluationRows([record for record in records if record["split"] == name],
+                                  shared.limit)
+            full_name = f"{dataset} {name}"
+            splits.append(Split(name if short_names else full_name, full_name, rows))
+    if not splits:
+        raise LensError(f"{shared.data}: no dataset with an evaluation split here. The first lines "
+                        f"of data.py say where each dataset belongs, and python "
+                        f"tests/tools/check_data.py {shared.data} says what is there.")
+    return splits
 
 
-def evaluate_split(predictor, split, kept, rank, world):
-    """-> one record per row, in order and the same on every rank. What `kept` lacks is predicted:
-    each rank takes every world-th of those rows, none twice."""
-    args, keys = predictor.args, split.keys
-    texts = [annotation["texts"][text] for annotation, text in split.rows.rows]
-    missing = [place for place, key in enumerate(keys)
-               if kept.records.get(key, {}).get("text") != texts[place]]   # edited since, or new
-    mine = missing[rank::world]
-    parts = [mine[i:i + args.eval_batch] for i in range(0, len(mine), args.eval_batch)]
-    loader = load_batches(split.rows, parts, predictor.collate, predictor.shared.workers,
-                          predictor.device)
-    made = []
-    for batch, places in zip(tqdm(loader, desc=split.name, disable=rank > 0), parts):
-        predictions = predictor.predict(batch, places)
-        records = [make_record(batch, b, prediction, predictor)
-                   for b, prediction in enumerate(predictions)]
-        kept.append(records)
-        made += records
-    of_all_ranks = [None] * world
-    dist.all_gather_object(of_all_ranks, made)
-    for records in of_all_ranks:
-        kept.records.update({record["key"]: record for record in records})
-    in_order = []
-    for place, (annotation, text) in enumerate(split.rows.rows):
-        where = {"set": split.name, "dataset": split.dataset, "split": split.split, "place": place}
-        in_order.append({**kept.records.pop(keys[place]), **where, **groups_of(annotation, text)})
-    kept.records.update({record["key"]: record for record in in_order})  # the file's order as well
-    return in_order
+def evaluate_split(split, loader, predict_batch, args, rank, world):
+    """The rows of a split in order, the same on every process. `loader` gives the share of this
+    process, rows rank, rank + world, ...: no row is predicted twice, none is missing."""
+    share, total = [], -(-len(split.rows) // (world * args.batch))
+    for batch in tqdm(loader, desc=split.name, total=total, disable=rank > 0):
+        for b, prediction in enumerate(predict_batch(batch)):
+            share.append(make_row(batch, b, prediction, args))
+    shares = [None] * world
+    dist.all_gather_object(shares, share)
+    rows = [shares[k % world][k // world] for k in range(len(split.rows))]
+    for row, (record, place) in zip(rows, split.rows.rows):
+        row |= {"split": split.full_name, "groups": record["groups"][place]}
+    return rows
 
 
-def groups_of(annotation, text):
-    """{what a row is also counted under: its name there, or None}: GroundingSuite's class, and the
-    shapes world's kind of expression and layout. text: index of the row's expression."""
-    kinds = annotation.get("kinds")
-    return {"class": annotation.get("class"), "kind": kinds[text] if kinds else None,
-            "layout": annotation.get("layout")}
-
-
-def make_record(batch, b, prediction, predictor):
-    """Prediction and truth of one row as plain values, for JSON; boxes in the picture frame."""
-    truth, ignore, true_box = batch["masks"][b], batch["ignores"][b], batch["boxes"][b]
-    counts = {way: count(mask, truth, ignore, predictor.args.ignore)
+def make_row(batch, b, prediction, args):
+    """Prediction and ground truth of one row as plain values, a line of --predictions. Boxes are in
+    the image frame. intersection, union and mask are those of --sam-prompt; "box_prompt" counts the
+    mask with the box as prompt, to compare."""
+    gt_mask, ignore_mask, gt_box = (batch[name][b]
+                                    for name in ("gt_masks", "ignore_masks", "gt_boxes"))
+    counts = {way: count(mask, gt_mask, ignore_mask, args.ignore)
               for way, mask in prediction["masks"].items()}
-    intersection, union = counts[predictor.counted] or (None, None)
-    mask = prediction["masks"][predictor.counted].numpy().astype(np.uint8)
-    rle = coco_mask.encode(np.asfortranarray(mask))
-    return {"key": batch["keys"][b], "text": batch["texts"][b], "answer": prediction["answer"],
-            "format": prediction["format"], "box": prediction["box"], "true_box": true_box,
-            "box_iou": box_iou(prediction["box"], true_box),
-            "intersection": intersection, "union": union, "counts": counts,
-            "mask": {"size": rle["size"], "counts": rle["counts"].decode()}}
+    mask = prediction["masks"][args.sam_prompt].numpy()
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"id": batch["row_ids"][b], "expression": batch["expressions"][b],
+            "completion": prediction["completion"], "format": prediction["format"],
+            "box": prediction["box"], "gt_box": gt_box,
+            "box_iou": box_iou(prediction["box"], gt_box), **counts[args.sam_prompt],
+            "mask": {"size": rle["size"], "counts": rle["counts"].decode()},
+            "box_prompt": counts["box"]}
 
 
-def weights_in(places):
-    """The files of weights among local files and folders; hub ids are neither."""
-    files = [path for place in map(Path, places)
-             for path in (place.iterdir() if place.is_dir() else [place]) if path.is_file()]
-    return sorted(path for path in files if path.suffix in (".safetensors", ".pt"))
-
-
-class KeptPredictions:
-    """Records by key, kept in --predictions, so that an evaluation that was killed goes on.
-
-    While it runs, each rank adds its lines to FILE.RANK; at the end rank 0 joins all into FILE.
-    Every line carries the fingerprint of what decides a prediction: a file of another checkpoint
-    or other settings is refused."""
-    FREE = ("preset", "profile", "splits", "datasets", "workers", "eval_batch", "json", "markdown",
-            "predictions", "image", "text", "curves", "output")        # settings that decide none
-
-    def __init__(self, shared, args, rank):
-        self.path = Path(args.predictions) if args.predictions else None
-        self.rank = rank
-        self.run = self.fingerprint(shared, args)
-        self.records, problem = {}, None
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path and rank == 0:
-            try:
-                self.read_files()
-            except LensError as error:
-                problem = str(error)
-        of_rank_0 = [self.records, problem]                            # every rank stops, or none
-        dist.broadcast_object_list(of_rank_0, src=0)
-        self.records, problem = of_rank_0
-        if problem:
-            raise LensError(problem)
-
-    def fingerprint(self, shared, args):
-        settings = {**asdict(shared), **asdict(args)}
-        decides = {name: value for name, value in settings.items() if name not in self.FREE}
-        places = [shared.mllm, shared.sam]
-        if args.checkpoint:
-            places += [args.checkpoint, f"{args.checkpoint}/mllm", f"{args.checkpoint}/sam"]
-        decides["weights"] = [(str(path), path.stat().st_mtime_ns) for path in weights_in(places)]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-
-    def parts(self):
-        return list(self.path.parent.glob(self.path.name + ".[0-9]*"))
-
-    def read_files(self):
-        for path in [self.path, *self.parts()]:
-            for line in path.read_text().splitlines() if path.exists() else []:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue                                           # cut by a kill: made again
-                if not isinstance(record, dict) or record.pop("run", None) != self.run:
-                    raise LensError(f"{path} holds the predictions of another checkpoint or other "
-                                    f"settings: name another file")
-                self.records[record["key"]] = record
-
-    def append(self, records):
-        if self.path:
-            lines = [json.dumps({**record, "run": self.run}) for record in records]
-            with open(f"{self.path}.{self.rank}", "a") as file:
-                # a newline first: the last line there may be one that was cut
-                file.write("".join("\n" + line for line in lines))
-
-    def finish(self):
-        """On rank 0 alone."""
-        if self.path:
-            lines = [json.dumps({**record, "run": self.run}) for record in self.records.values()]
-            write_whole(self.path, "".join(line + "\n" for line in lines))
-            for part in self.parts():
-                os.remove(part)
-
-
-# --- Numbers --------------------------------------------------------------------------------------
-
-def summarize_split(split, records):
-    """-> {name: summary} of the split and of each group of its rows, see groups_of."""
+def summarize_split(split, rows):
+    """-> {name: metrics} of a split, then of each group that its rows belong to."""
     subset = {}
-    if len(split.rows) < split.rows.total:
-        subset = {"subset": f" (subset, n = {len(split.rows)} of {split.rows.total})"}
-    results = {split.name: {**summarize(records), "quartiles": quartiles(records),
-                            "title": f"{split.dataset} {split.split}", **subset}}
-    for sort in ("class", "kind", "layout"):
-        for group in sorted({record[sort] for record in records if record[sort]}):
-            of_group = [record for record in records if record[sort] == group]
-            results[f"{split.name}: {group}"] = {**summarize(of_group), **subset}
+    if len(rows) < split.rows.total:
+        subset = {"subset": f" (subset, n = {len(rows)} of {split.rows.total})"}
+    results = {split.name: {**summarize(rows), **subset}}
+    groups = {(place, name) for row in rows for place, name in enumerate(row["groups"])}
+    for _, name in sorted(groups):
+        members = [row for row in rows if name in row["groups"]]
+        results[f"{split.name}: {name}"] = {**summarize(members), **subset}
     return results
 
 
-def summarize(records, draws=1000):
-    """Metrics of a list of rows: {"giou", "ciou", "box_iou", "acc50", "format", "n"}, the first two
-    None where no row has a mask, and 95 % intervals under NAME_95."""
-    columns = columns_of(records)
-    iou, I, U, boxes = columns.T
-    giou = ciou = None
-    if not np.isnan(U).all():
-        giou = float(np.nanmean(iou))
-        ciou = float(np.nansum(I) / max(np.nansum(U), 1))
-    found = {"giou": giou, "ciou": ciou, "box_iou": float(boxes.mean()),
-             "acc50": float((boxes > 0.5).mean()),
-             "format": float(np.mean([record["format"] for record in records])), "n": len(records)}
-    objects = [record["key"].rpartition("/")[0] for record in records]
-    for name, interval in bootstrap(columns, objects, draws).items():
-        found[name + "_95"] = None if found[name] is None else interval
-    return found
-
-
-def columns_of(records):
-    """(rows, 4): mask IoU as gIoU counts it, I, U, box IoU. A row whose truth is a box alone has
-    NaN for the first three."""
-    I = np.array([record["intersection"] for record in records], dtype=float)        # None is NaN
-    U = np.array([record["union"] for record in records], dtype=float)
-    boxes = np.array([record["box_iou"] for record in records])
-    return np.stack([np.where(U == 0, 1.0, I / (U + 1e-5)), I, U, boxes], 1)
-
-
-def bootstrap(columns, objects, draws):
-    """95 % intervals of giou, ciou and box_iou: {name: [low, high]}. Objects are drawn with
-    replacement, not rows: the expressions of one object are not independent.
-
-    columns (rows, 4) of `columns_of`; objects: the name of each row's object."""
-    _, owner = np.unique(objects, return_inverse=True)
-    has_mask = ~np.isnan(columns[:, 2])
-    sums = np.zeros((owner.max() + 1, 6))                 # per object: iou, I, U, box, masks, rows
-    np.add.at(sums, owner, np.column_stack([np.nan_to_num(columns), has_mask, np.ones(len(owner))]))
-    n = len(sums)
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)        # (draws, n)
-    iou, I, U, boxes, masks, rows = (times @ sums).T                                 # (draws,) each
-    drawn = {"giou": iou / np.maximum(masks, 1), "ciou": I / np.maximum(U, 1),
-             "box_iou": boxes / np.maximum(rows, 1)}
-    return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in drawn.items()}
-
-
-def quartiles(records):
-    """Mean mask IoU of both ways of prompting, for the four quarters of the rows by box IoU, worst
-    boxes first: list of {"n", "box_iou" ([lowest, highest]), "context", "box_prompt"}."""
-    both_ways = [r for r in records if len(r["counts"]) == 2 and r["union"] is not None]
-    both_ways.sort(key=lambda record: record["box_iou"])
-    found = []
-    for places in np.array_split(np.arange(len(both_ways)), 4):
-        if len(places):
-            rows = [both_ways[place] for place in places]
-            found.append({"n": len(rows), "box_iou": [rows[0]["box_iou"], rows[-1]["box_iou"]],
-                          "context": mean_iou([row["counts"]["context"] for row in rows]),
-                          "box_prompt": mean_iou([row["counts"]["box_prompt"] for row in rows])})
-    return found
-
-
-def mean_iou(counts):
-    """gIoU of a list of [intersection, union]."""
-    return float(np.mean([I / (U + 1e-5) if U else 1.0 for I, U in counts]))
-
-
-# --- Tables ---------------------------------------------------------------------------------------
-
-# cIoU; the last is the average
-TABLE_1_COLUMNS = ["refcoco val", "refcoco testA", "refcoco testB", "refcoco+ val",
-                   "refcoco+ testA", "refcoco+ testB", "refcocog val", "refcocog test"]
-TABLE_1 = {"LENS-3B (paper)": [84.2, 85.3, 81.0, 79.4, 82.8, 74.3, 81.2, 81.0, 81.2],
-           "LENS-2B (paper)": [80.7, 82.7, 77.1, 73.8, 78.0, 67.3, 75.7, 76.4, 76.5],
-           "GLaMM": [79.5, 83.2, 76.9, 72.6, 78.7, 64.6, 74.2, 74.9, 75.6],
-           "LISA": [74.1, 76.5, 71.1, 62.4, 67.4, 56.5, 66.4, 68.5, 67.9],
-           "Seg-Zero-7B": [None, 80.3, None, None, 76.2, None, 72.6, None, None]}
-# gIoU and cIoU of LENS-3B
-TABLE_2 = {"reasonseg val": (62.1, 64.9), "reasonseg test": (57.2, 58.0),
-           "groundingsuite eval": (67.0, 78.3)}
-
-
-def tables(results):
-    """{name: summary} -> list of tables (title, header, rows), all strings. A part of a split is
-    never set beside published numbers."""
-    whole = {summary.get("title"): summary for summary in results.values()
-             if "subset" not in summary}
-    made = [results_table(results), table_1(whole), table_2(whole), quartile_table(results)]
-    return [(title, header, rows) for title, header, rows in made if rows]
-
-
-def number(value):
-    """Per cent, or "-" for None."""
-    return "-" if value is None else f"{value:.1f}"
-
-
-def percent(share):
-    return number(None if share is None else 100 * share)
-
-
 def results_table(results):
-    header = ["split", "gIoU", "cIoU", "box IoU", "Acc@0.5", "format", "n"]
-    rows = []
-    for name, summary in results.items():
-        row = [name]
+    """{name: metrics} -> a Markdown table whose columns are lined up, in per cent."""
+    def percent(share):
+        return "-" if share is None else f"{100 * share:.1f}"
+
+    table = [["split", "gIoU", "cIoU", "box IoU", "Acc@0.5", "format", "n"]]
+    for name, metrics in results.items():
+        cells = [name]
         for metric in ("giou", "ciou", "box_iou"):
-            cell, interval = percent(summary[metric]), summary[metric + "_95"]
+            cell, interval = percent(metrics[metric]), metrics[f"{metric}_95"]
             if interval:
                 cell += f" [{percent(interval[0])}, {percent(interval[1])}]"
-            row.append(cell)
-        row += [percent(summary["acc50"]), percent(summary["format"])]
-        rows.append([*row, f"{summary['n']}{summary.get('subset', '')}"])
-    return "Results, with 95 % intervals", header, rows
+            cells.append(cell)
+        cells += [percent(metrics["acc50"]), percent(metrics["format"])]
+        table.append([*cells, f"{metrics['n']}{metrics.get('subset', '')}"])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in table)
 
 
-def table_1(whole):
-    """No rows where none of its splits is in `whole`; no average where one is missing."""
-    ours = [100 * whole[name]["ciou"] if name in whole else None for name in TABLE_1_COLUMNS]
-    rows = []
-    if any(value is not None for value in ours):
-        average = None if None in ours else sum(ours) / len(ours)
-        for name, values in {"ours": [*ours, average], **TABLE_1}.items():
-            rows.append([name, *map(number, values)])
-    return "Table 1: cIoU", ["", *TABLE_1_COLUMNS, "average"], rows
+# --- One image ------------------------------------------------------------------------------------
 
+def segment_image(shared, args, device):
+    """Print the completion and the box for one image and one expression, and draw them."""
+    image = load_image(args.image)
+    predict_batch, collate = load_models(shared, args, device)
+    no_truth = np.zeros(image.size[::-1], dtype=bool)                # the Collator needs a gt_mask
+    item = {"id": args.image, "expression": args.text, "image": image, "gt_mask": no_truth,
+            "ignore_mask": no_truth, "gt_box": None}
+    prediction, = predict_batch(collate([item]))
+    mask, box = prediction["masks"][args.sam_prompt].numpy(), prediction["box"]
+    draw_overlay(image, mask, box).save(args.output)
+    rounded = box and [round(value, 1) for value in box]
+    print(prediction["completion"])
+    print(f"box: {rounded}; mask: {mask.sum()} pixels; overlay: {args.output}")
 
-def table_2(whole):
-    names = [name for name in TABLE_2 if name in whole]
-    rows = []
-    if names:
-        summaries = [whole[name] for name in names]
-        ours = [f"{percent(one['giou'])} / {percent(one['ciou'])}" for one in summaries]
-        paper = ["{} / {}".format(*TABLE_2[name]) for name in names]
-        rows = [["ours", *ours], ["LENS-3B (paper)", *paper]]
-    return "Table 2 and GroundingSuite: gIoU / cIoU", ["", *names], rows
-
-
-def quartile_table(results):
-    header = ["split", "quartile", "box IoU", "context", "box", "n"]
-    rows = []
-    for name, summary in results.items():
-        for i, quarter in enumerate(summary.get("quartiles", []), 1):
-            rows.append([name, f"{i}", "{:.2f} - {:.2f}".format(*quarter["box_iou"]),
-                         percent(quarter["context"]), percent(quarter["box_prompt"]),
-                         f"{quarter['n']}"])
-    title = "Mask gIoU by quartile of box IoU: context queries, and the box itself, as SAM's prompt"
-    return title, header, rows
-
-
-def as_markdown(title, header, rows):
-    """A table that reads well as it stands: Markdown with its columns lined up."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [f"**{title}**", ""]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def as_text(results):
-    return "\n".join(as_markdown(*table) for table in tables(results))
-
-
-# --- Pictures -------------------------------------------------------------------------------------
 
 def draw_overlay(image, mask, box, tint=(255, 0, 200)):
-    """The picture, enlarged if small, with mask (H, W) bool tinted and the box (picture frame, or
-    None) in yellow."""
+    """The image, enlarged if it is small, with the mask (H, W) bool tinted and the box (image
+    frame, or None) in yellow."""
     scale = max(1, 512 // max(image.size))
     size = (image.width * scale, image.height * scale)
     inside = np.kron(mask, np.ones((scale, scale), bool))
     pixels = np.array(image.resize(size)).astype(float)
     pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(tint)
-    picture = Image.fromarray(pixels.astype(np.uint8))
+    overlay = Image.fromarray(pixels.astype(np.uint8))
     if box and box[0] <= box[2] and box[1] <= box[3]:
-        # PIL takes minutes for a number of ten digits
+        # PIL would take minutes to draw to a coordinate of ten digits
         near = np.clip(box, -max(size), 2 * max(size)) * scale
         line = max(2, size[0] // 250)
-        ImageDraw.Draw(picture).rectangle(near.tolist(), outline=(255, 230, 0), width=line)
-    return picture
-
-
-def segment_one(shared, args, device):
-    """One picture from the command line: print the reasoning and the box, write the overlay."""
-    if Path(args.output).suffix.lower() not in Image.registered_extensions():
-        raise LensError(f"--output {args.output}: a picture's name ends with .png or .jpg")
-    picture = load_picture(args.image)
-    predictor = Predictor(shared, args, device)
-    no_truth = np.zeros(picture.size[::-1], dtype=bool)                 # Collator wants one
-    item = {"id": args.image, "text": args.text, "image": picture, "mask": no_truth,
-            "ignore": no_truth, "box": None}
-    prediction = predictor.predict(predictor.collate([item]), places=[0])[0]
-    mask, box = prediction["masks"][predictor.counted].numpy(), prediction["box"]
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    draw_overlay(picture, mask, box).save(args.output)
-    rounded = None if box is None else [round(value, 1) for value in box]
-    print(prediction["answer"])
-    print(f"box: {rounded}; mask: {int(mask.sum())} pixels; overlay: {args.output}")
-
-
-CURVES = ("reward", "reward_format", "reward_box", "reward_mask", "loss_seg", "kl", "entropy",
-          "completion_length", "zero_variance", "clip_fraction", "loss", "mask_iou", "grad_norm")
-
-
-def draw_curves(folder, output):
-    """The reward parts and the policy's vital signs over the steps of a run."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists() or not path.read_text().strip():
-        raise LensError(f"{path} is missing or empty: --curves takes the folder of a run")
-    try:
-        import matplotlib
-    except ImportError:
-        raise LensError("--curves needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = [name for name in CURVES if name in rows[0]]
-    figure, axes = pyplot.subplots(2, (len(names) + 1) // 2, figsize=(16, 6), squeeze=False)
-    window = max(1, len(rows) // 20)
-    steps = np.arange(1, len(rows) + 1)
-    for axis, name in zip(axes.flat, names):
-        values = np.array([row[name] for row in rows])
-        means = np.convolve(values, np.ones(window) / window, "valid")
-        axis.plot(steps, values, color="#c8d3e0", linewidth=1)
-        axis.plot(steps[window - 1:], means, color="#1f4e8c", linewidth=2)
-        axis.set_title(name.replace("_", " "))
-        axis.set_xlabel("step")
-    for axis in axes.flat[len(names):]:
-        axis.axis("off")
-    figure.suptitle(f"{folder}: every step, and its mean over {window}")
-    figure.tight_layout()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=90)
+        ImageDraw.Draw(overlay).rectangle(near.tolist(), outline=(255, 230, 0), width=line)
+    return overlay
 
 
 # --- The script -----------------------------------------------------------------------------------
 
+@dataclass
+class EvaluateArgs:
+    checkpoint: str = flag("", "folder of a finished run; may be left out with --sam-prompt box")
+    splits: list[str] = flag(["val"], "val, testA, testB (RefCOCO, RefCOCO+); val, test (RefCOCOg, "
+                                      "ReasonSeg); eval (GroundingSuite); or all, of all datasets "
+                                      "below --data")
+    sam_prompt: Literal["queries", "box"] = flag(
+        "queries", "what prompts SAM for the masks that are counted: the context queries, or the "
+                   "predicted box")
+    ignore: Literal["out", "background"] = flag(
+        "out", "pixels labelled ignore: left out, or counted as background (released code)")
+    batch: int = flag(8, "expressions that one process decodes together")
+    json: str = flag("", "file for the numbers")
+    predictions: str = flag("", "file for the predictions, one line per expression")
+    image: str = flag("", "segment this one image (with --text)")
+    text: str = flag("", "the expression for --image")
+    output: str = flag("overlay.png", "image file that --image draws")
+
+    def __post_init__(self):
+        at_least(1, self, "batch")
+        if bool(self.image.strip()) != bool(self.text.strip()):
+            raise LensError("--image and --text go together: an image, and the expression of what "
+                            "to find in it")
+        if not self.checkpoint and self.sam_prompt == "queries":
+            raise LensError("--checkpoint is missing: the folder of a run (train one with align.py "
+                            "and train_rl.py; --preset tiny needs no download). Or take "
+                            "--sam-prompt box, for the MLLM and SAM as they were published")
+
+
+PRESETS = {"tiny": dict(TINY, batch=50, limit=1000)}
+
+
+def load_models(shared, args, device):
+    """-> `predict` with everything but its batch, and the Collator that makes such a batch."""
+    dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
+    lens, processor = build_lens(shared, args.checkpoint, dtype)
+    lens.to(device).eval()
+    stock_sam = SamHead(load_sam(shared.sam)).to(device).eval()
+    fixed = None                                    # for one image, compiling would take longer
+    if not args.image:
+        fixed = decoding_cache(lens.mllm, shared, args.batch, device)
+    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
+                       shared.prompt)
+    return partial(predict, lens=lens, stock_sam=stock_sam, tokenizer=processor.tokenizer,
+                   max_completion=shared.max_completion, fixed=fixed), collate
+
+
+def check_file(name, path):
+    """LensError if the file of flag --name cannot be written, now rather than after the work."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, suffix=path.suffix) as file:
+            if name == "output":                    # its ending must be that of an image format
+                Image.new("RGB", (1, 1)).save(file.name)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except (OSError, ValueError, KeyError) as error:
+        hint = "; an image's name ends with .png or .jpg" if name == "output" else ""
+        raise LensError(f"--{name} {path}: cannot be written ({error}){hint}") from None
+
+
 def main():
     shared, args = parse_settings([SharedArgs, EvaluateArgs], PRESETS, __doc__.splitlines()[0])
-    if args.curves:
-        draw_curves(args.curves, args.output)
-        return
+    for name in ("output",) if args.image else ("json", "predictions"):
+        if getattr(args, name):
+            check_file(name, getattr(args, name))
     rank, world, device, _ = start_processes(shared)
-    if args.image is not None:
-        segment_one(shared, args, device)
-        return
+    if args.image:
+        return segment_image(shared, args, device)
     splits = find_splits(shared, args)
-    kept = KeptPredictions(shared, args, rank)
-    predictor = Predictor(shared, args, device)
-    results = {}
+    predict_batch, collate = load_models(shared, args, device)
+    results, predictions = {}, []
     for split in splits:
-        records = evaluate_split(predictor, split, kept, rank, world)
-        results.update(summarize_split(split, records))
+        share = range(rank, len(split.rows), world)
+        batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
+        loader = load_batches(split.rows, batches, collate, shared.workers, device)
+        rows = evaluate_split(split, loader, predict_batch, args, rank, world)
+        results |= summarize_split(split, rows)
+        predictions += rows
     if rank == 0:
-        text = as_text(results)
-        print(text)
+        print(results_table(results))
         if args.json:
             write_whole(args.json, json.dumps(results, indent=2))
-        if args.markdown:
-            write_whole(args.markdown, text)
-        kept.finish()
+        if args.predictions:
+            write_whole(args.predictions, "".join(json.dumps(row) + "\n" for row in predictions))
 
 
 if __name__ == "__main__":

@@ -1,92 +1,67 @@
-"""GRPO as LENS trains with it: rewards -> advantages (Eqs. 6-7) -> clipped objective, KL, loss
+"""GRPO as LENS trains with it: rewards become advantages (Eqs. 6-7), advantages become a loss
 (Eqs. 8-10).
 
-Pure functions of tensors; torch is all they import, so take them elsewhere. One step of training
-is:
+This file imports torch alone, so you can copy it into any project. One training step is two calls:
 
-    advantages = group_advantages(rewards).flatten()  # (B, G) -> (N,), N = B * G completions
-    loss, stats = grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, 0.2, 0.04)
+    advantages = group_advantages(rewards).flatten()          # (B, G) -> (N,)
+    loss, stats = grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask,
+                            clip_eps=0.2, beta=0.04)
 
-log_probs (N, T) are those of the tokens that were sampled, under the policy being trained;
-old_log_probs under the policy that sampled them; ref_log_probs under the model from which training
-started. mask (N, T) is True on a completion's tokens, the end token included, and False on the
-padding after it.
+A prompt is answered G times. The G sampled texts (completions) are its group, and each completion
+has a reward. B prompts give N = B * G completions of at most T tokens.
 
-Paper: its Eq. 8 has the ratio of whole outputs; ours is token by token, as in GRPO's own paper. The
-loss is -J, to be minimised; Eq. 12 as printed adds a loss to an objective that is maximised, so
-train_rl.py minimises -J + alpha L_seg. The KL of Eq. 9 is one of the policy, so it is taken on
-completion tokens. Released code: it divides by the sample standard deviation, 1/(G-1), where Eq. 6
-has 1/G (correction=1 does so); and its ratio is exp(lp - stop_gradient(lp)), always 1, so that it
-never clips. We take the paper's.
+A policy is a language model, seen as a distribution over the next token. For every sampled token
+the loss needs its log-probability under three policies, each as a tensor (N, T);
+`token_log_probs` below computes them:
 
-Do not look for progress in the loss. With one update per batch the ratio is 1 and a group's
-advantages sum to zero, so the value starts at about 0, and then it rises by beta times the KL. Its
-gradient is not zero, and that is what learns: it raises each token's log-probability by the
-advantage of its completion. Watch the rewards."""
+    log_probs       the policy that is being trained (pi)
+    old_log_probs   the policy that sampled the tokens (pi_old)
+    ref_log_probs   the policy from which this training started (pi_ref)
+
+mask (N, T) is True on the tokens of a completion, its end token included, and False on the padding
+behind them.
+
+Do not look for progress in the loss. With one update per batch of samples (the default), pi equals
+pi_old when the loss is computed, and the advantages of a group sum to zero. So the loss starts at
+about 0, and it rises by beta times the KL, a penalty for moving away from pi_ref (Eq. 9). Its
+gradient is not zero, and the gradient is what learns: it makes every token of a completion more
+likely if the advantage is positive, and less likely if it is negative. Watch the rewards instead.
+
+The last section is about speed: it lays a whole group out as one row of tokens, so that the prompt
+is computed once and not G times.
+
+Departures from the paper
+- Eq. 8 is written with the probability of a whole completion. We take the ratio token by token, as
+  the GRPO paper does.
+- We minimise -J. Eq. 12 as printed adds a loss to an objective that is maximised.
+- The paper says that Eq. 9 keeps the context queries (model.py) near their start. But it is a KL
+  between two policies over text, so we take it on the completion tokens.
+The released code divides by the sample standard deviation in Eq. 6 (here `correction=1`), and its
+ratio is always 1, so it never clips.
+"""
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def policy_logits(lm_head, hidden, forbidden, temperature):
-    """Logits (n, V) in fp32 of the policy that is sampled and trained: the same temperature and the
-    same forbidden tokens in both places, else the objective's probabilities are not those of the
-    samples."""
-    return (lm_head(hidden).float() / temperature).masked_fill(forbidden, -1e9)
-
-
-def pick_tokens(logits, uniforms=None):
-    """One token per row of (n, V): the most likely one, or by inverse CDF from uniforms (n,) in
-    [0, 1)."""
-    if uniforms is None:
-        return logits.argmax(-1)
-    cdf = logits.softmax(-1).double().cumsum(-1)
-    total = cdf[:, -1:]
-    just_below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms[:, None] * total, just_below)
-    # the first interval that holds u, never one of width 0
-    found = torch.searchsorted(cdf, target, right=True)[:, 0]
-    # NaN finds none: training stops at its loss, not here
-    return found.clamp(max=logits.shape[-1] - 1)
-
-
-def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=128):
-    """Log-probabilities (n,) of `targets` (n,) under states (n, C), and the policy's entropy (n,)
-    there (no gradient). A chunk's logits are made again in the backward pass, so that no (n, V)
-    table outlives it."""
-    def of_chunk(states, tokens):
-        log_p = policy_logits(lm_head, states, forbidden, temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        return log_p.gather(1, tokens[:, None])[:, 0], entropy
-
-    log_probs, entropies = [], []
-    for states, tokens in zip(hidden.split(chunk), targets.split(chunk)):
-        log_prob, entropy = checkpoint(of_chunk, states, tokens, use_reentrant=False)
-        log_probs.append(log_prob)
-        entropies.append(entropy)
-    return torch.cat(log_probs), torch.cat(entropies)
-
-
-def completion_table(values, mask):
-    """Values (tokens,) of all completions, one after another -> (N, T), 0 where there is no
-    token."""
-    table = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    return table.masked_scatter(mask, values)
-
-
 def group_advantages(rewards, delta=1e-4, correction=0):
-    """Rewards (..., G) of the samples of a group -> their advantages (..., G).
+    """Eqs. 6 and 7: how much better each completion is than its group.
 
-    Eq. 6: mu = 1/G sum r_i and sigma = sqrt(1/G sum (r_i - mu)^2), the population's standard
-    deviation. Eq. 7: A_i = (r_i - mu) / (sigma + delta).
+        mu    = 1/G sum_i r_i
+        sigma = sqrt(1/G sum_i (r_i - mu)^2)
+        A_i   = (r_i - mu) / (sigma + delta)
 
-    [1, 0, 0, 0] gives [1.732, -0.577, -0.577, -0.577]; correction=1 is the sample standard
-    deviation of the released code, 1/(G-1), and gives [1.5, -0.5, -0.5, -0.5]. A group of equal
-    rewards teaches nothing: exactly 0."""
-    # Taking the group's first reward off all changes nothing in Eq. 7 but makes equal rewards
-    # exact zeros. The mean of three times 0.1 is not quite 0.1, and that rounding would pass for an
-    # advantage.
+    Rewards (..., G) -> advantages (..., G). The rewards [1, 0, 0, 0] give
+    [1.732, -0.577, -0.577, -0.577]. A group of equal rewards gives exact zeros: it teaches nothing.
+
+    `correction=1` divides by G - 1 instead of G, as the released code does. That gives
+    [1.5, -0.5, -0.5, -0.5].
+    """
+    # Subtracting the first reward changes nothing in Eq. 7, but it turns equal rewards into exact
+    # zeros. Without it, the mean of three times 0.1 is not quite 0.1, and that rounding error,
+    # divided by a tiny sigma, would pass for an advantage.
     rewards = rewards - rewards[..., :1]
     centred = rewards - rewards.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / (rewards.shape[-1] - correction)  # (..., 1)
@@ -94,64 +69,72 @@ def group_advantages(rewards, delta=1e-4, correction=0):
     return centred / (sigma + delta)
 
 
-def kl_k3(log_probs, ref_log_probs):
-    """Eq. 9, elementwise: pi_ref/pi - log(pi_ref/pi) - 1, that is exp(d) - d - 1 with d = ref -
-    log_probs.
-
-    Never negative, zero where the two agree. Its mean over tokens sampled from pi estimates KL(pi
-    || pi_ref)."""
-    d = ref_log_probs - log_probs
-    return torch.expm1(d) - d  # expm1(d) is exp(d) - 1 without the loss of digits near d = 0
-
-
 def clipped_objective(log_probs, old_log_probs, advantages, clip_eps):
-    """Eq. 8, elementwise: min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), with a token's ratio = pi
-    / pi_old.
+    """Eq. 8, for each token: O_clip = min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), where
+    ratio = pi / pi_old.
 
-    Log-probabilities (N, T) x 2; advantages broadcast, so give (N,) as (N, 1). A token whose ratio
-    has left the range in the direction that its advantage asks for has moved enough for this batch:
-    no gradient."""
+    log_probs and old_log_probs (N, T); advantages broadcast, so pass (N, 1) -> (N, T). Once the
+    ratio has moved by eps in the direction that the advantage asks for, the token has moved enough
+    for this batch and gets no more gradient.
+    """
     ratio = torch.exp(log_probs - old_log_probs)
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
 
 
-def completion_mean(values, mask):
-    """Mean over each completion's tokens, then over completions: (N, T) and boolean (N, T) -> 0-dim
-    tensor.
+def kl_k3(log_probs, ref_log_probs):
+    """Eq. 9, for each token: D_KL = pi_ref / pi - log(pi_ref / pi) - 1.
 
-    A long completion weighs no more than a short one. One without tokens adds 0 and still counts
-    among the N."""
-    lengths = mask.sum(-1).clamp(min=1)  # (N,), 1 where there is nothing to divide
+    With d = ref_log_probs - log_probs this is exp(d) - d - 1. It is never negative, and zero where
+    the two policies agree. Its mean over tokens sampled from pi estimates KL(pi || pi_ref). Two
+    tensors of one shape -> a tensor of that shape.
+    """
+    d = ref_log_probs - log_probs
+    return torch.expm1(d) - d  # expm1(d) is exp(d) - 1, without losing digits near d = 0
+
+
+def completion_mean(values, mask):
+    """The mean over the tokens of each completion, then the mean over the completions.
+
+    values (N, T) and boolean mask (N, T) -> scalar tensor. So a long completion weighs no more than
+    a short one. A completion without tokens adds 0 and still counts among the N.
+    """
+    lengths = mask.sum(-1).clamp(min=1)  # (N,); 1 where there are no tokens, to avoid 0 / 0
     return (values.masked_fill(~mask, 0).sum(-1) / lengths).mean()
 
 
 def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
-    """Minus Eq. 10, J = E[1/G sum_i (O_clip_i - beta KL_i)], each a token mean -> loss (0-dim),
-    stats.
+    """Minus Eq. 10: J = E[1/G sum_i (O_clip_i - beta * D_KL_i)]. -> loss (scalar tensor), stats
 
-    log_probs, old_log_probs, ref_log_probs (N, T), of which the first alone gets a gradient;
-    advantages (N,); mask (N, T), True on tokens: what stands elsewhere does not matter, be it NaN.
-    ref_log_probs may be None if beta is 0, else that raises ValueError. stats are detached 0-dim
-    tensors: 'kl', weighted as in the loss (0 without ref_log_probs); and over all tokens alike
-    'clip_fraction', the share whose gradient the clip took away."""
+    O_clip_i and D_KL_i are means over the tokens of completion i, and E is the mean over the B
+    groups. So the loss is a mean over all N completions.
+
+    log_probs, old_log_probs and ref_log_probs (N, T); advantages (N,); boolean mask (N, T). Only
+    log_probs receives gradients. Entries where mask is False are ignored, even if they are NaN.
+    ref_log_probs may be None if beta is 0; otherwise None raises ValueError.
+
+    stats holds two detached scalar tensors. "kl" is the mean that the loss contains (0 without
+    ref_log_probs). "clip_fraction" is the share of all tokens whose gradient the clip removed.
+    """
     if ref_log_probs is None and beta != 0:
         raise ValueError("beta is not 0, so the KL needs ref_log_probs")
     mask = mask.bool()
-    # completion_mean keeps masked values out of the loss, this out of the gradient: 0 * NaN is NaN.
+    # completion_mean keeps ignored entries out of the loss. But the backward through exp would
+    # multiply their gradient, 0, by NaN, and that is NaN. So replace them first.
     log_probs = log_probs.masked_fill(~mask, 0)
-    old, advantages = old_log_probs.detach(), advantages.detach()[:, None]  # (N, T), (N, 1)
-    loss = -completion_mean(clipped_objective(log_probs, old, advantages, clip_eps), mask)
+    old_log_probs = old_log_probs.detach()
+    advantages = advantages.detach()[:, None]  # (N, 1)
+    loss = -completion_mean(clipped_objective(log_probs, old_log_probs, advantages, clip_eps), mask)
     kl = torch.zeros_like(loss.detach())
     if ref_log_probs is not None:
         kl = completion_mean(kl_k3(log_probs, ref_log_probs.detach()), mask)
         loss = loss + beta * kl
-    clipped = _clip_fraction(log_probs.detach(), old, advantages, mask, clip_eps)
-    return loss, {"kl": kl.detach(), "clip_fraction": clipped}
+    fraction = clip_fraction(log_probs.detach(), old_log_probs, advantages, mask, clip_eps)
+    return loss, {"kl": kl.detach(), "clip_fraction": fraction}
 
 
-def _clip_fraction(log_probs, old_log_probs, advantages, mask, clip_eps):
-    """Share of tokens whose ratio has left the clip's range: (N, T) x 2, (N, 1), (N, T) -> 0-dim
-    tensor."""
+def clip_fraction(log_probs, old_log_probs, advantages, mask, clip_eps):
+    """The share of tokens whose gradient the clip of Eq. 8 removes. log_probs, old_log_probs and
+    mask (N, T), advantages (N, 1) -> scalar tensor."""
     ratio = torch.exp(log_probs - old_log_probs)  # (N, T)
     too_high = (ratio > 1 + clip_eps) & (advantages > 0)
     too_low = (ratio < 1 - clip_eps) & (advantages < 0)
@@ -159,16 +142,182 @@ def _clip_fraction(log_probs, old_log_probs, advantages, mask, clip_eps):
     return clipped.sum() / mask.sum().clamp(min=1)
 
 
-def segmentation_loss(logits, truth, focal=False, weights=None):
-    """L_seg of Eqs. 5 and 12: dice + binary cross-entropy at weights 1 : 1 (the released code's;
-    the paper names dice and focal as examples). logits (N, h, w) at the decoder's resolution S/4;
-    truth (N, h, w) in [0, 1], area-averaged to it; weights (N, h, w) in [0, 1], the share of each
-    cell that is not ignored. -> (N,), 0 where all is ignored"""
-    weights = torch.ones_like(truth) if weights is None else weights
-    p = logits.sigmoid()
-    overlap = (weights * p * truth).sum((1, 2))
-    dice = 1 - (2 * overlap + 1) / ((weights * (p + truth)).sum((1, 2)) + 1)
-    pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    if focal:                                        # Lin et al. 2017, gamma 2, alpha 0.25
-        pixel = pixel * (p - truth).abs() ** 2 * (0.25 * truth + 0.75 * (1 - truth))
-    return dice + (weights * pixel).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)
+# --- The same numbers, faster: a group as one packed row ------------------------------------------
+#
+# The G completions of a group share one prompt. Instead of G rows [prompt, completion], a group is
+# one row:
+#
+#     [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
+#
+# The context queries are M learned vectors that stand behind every completion (model.py). With
+# M = 0 this is a packed row for GRPO on any language model; if its positions have one axis, give
+# them three times. A completion together with its queries is called a segment. Two things make the
+# row equal to G separate rows: every segment attends to the prompt and to itself only, and its
+# positions continue from the end of the prompt, as if the other segments were not there.
+#
+# B groups are B rows, padded to one length L. Token l of row b has the flat index b * L + l. Names
+# that end in `places` hold flat indices.
+
+@dataclass
+class PackedGroups:
+    """B groups as B packed rows. `pack_groups` makes it."""
+    ids: torch.Tensor            # (B, L) tokens of prompts and completions; 0 for queries, padding
+    positions: torch.Tensor      # (3, B, L) positions; those of Qwen have three axes: time, y, x
+    query_places: torch.Tensor   # (N, M) flat index of every context query
+    targets: torch.Tensor        # (tokens,) the tokens of all completions, one after another
+    target_places: torch.Tensor  # (tokens,) flat index of the state that predicts each target
+    mask: torch.Tensor           # (N, T) bool: True where a padded table (N, T) holds a target;
+    #                              the `mask` of grpo_loss
+    # the rest is for packed_attention
+    P: int                         # the length of the longest prompt
+    segment_places: torch.Tensor   # (N, T + M) flat index of every token and query; 0 for padding
+    segment_mask: torch.Tensor     # (N, 1, T + M, P + T + M) bool: what each of them attends to
+    no_padding: torch.Tensor       # (segment tokens,) which of segment_places.flatten() are real
+
+
+def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
+    """Lay B groups out as B packed rows on `device`. -> PackedGroups
+
+    prompt_ids: B x (P_b,); positions: B x (3, P_b), those of the prompt tokens; completions:
+    B x G x (T_i,). All three hold integer tensors on the CPU. M: context queries per completion.
+    """
+    B, G = len(prompt_ids), len(completions[0])
+    P = max(len(ids) for ids in prompt_ids)
+    T = max(len(completion) for group in completions for completion in group)
+    L = max(len(ids) + sum(len(completion) + M for completion in group)
+            for ids, group in zip(prompt_ids, completions))
+    row_ids = torch.zeros(B, L, dtype=torch.long)
+    row_positions = torch.zeros(3, B, L, dtype=torch.long)
+    segment_places = torch.full((B * G, T + M), -1)  # -1 marks padding
+    query_places = torch.empty(B * G, M, dtype=torch.long)
+    targets, target_places = [], []
+    for b, (ids, position, group) in enumerate(zip(prompt_ids, positions, completions)):
+        row_ids[b, :len(ids)] = ids
+        row_positions[:, b, :len(ids)] = position
+        next_position = int(position.max()) + 1  # an image takes fewer positions than tokens
+        end_of_prompt = torch.tensor([b * L + len(ids) - 1])
+        start = len(ids)  # where the next segment begins in its row
+        for g, completion in enumerate(group):
+            tokens, length = len(completion), len(completion) + M
+            n, places = b * G + g, b * L + start + torch.arange(length)
+            row_ids[b, start:start + tokens] = completion
+            row_positions[:, b, start:start + length] = next_position + torch.arange(length)
+            segment_places[n, :length] = places
+            query_places[n] = places[tokens:]
+            targets.append(completion)
+            # the last state of the prompt predicts the first token, that of each token the next
+            target_places += [end_of_prompt, places[:tokens - 1]]
+            start += length
+
+    prompt_lengths = torch.tensor([len(ids) for ids in prompt_ids]).repeat_interleave(G)
+    lengths = torch.tensor([len(completion) for group in completions for completion in group])
+
+    def move(tensor):
+        return tensor.to(device, non_blocking=True)
+    return PackedGroups(
+        ids=move(row_ids), positions=move(row_positions), query_places=move(query_places),
+        targets=move(torch.cat(targets)), target_places=move(torch.cat(target_places)),
+        mask=move(torch.arange(T) < lengths[:, None]), P=P,
+        segment_places=move(segment_places.clamp(min=0)),
+        segment_mask=segment_attention_mask(move(prompt_lengths), P, T + M),
+        no_padding=move((segment_places >= 0).flatten().nonzero()[:, 0]))
+
+
+def segment_attention_mask(prompt_lengths, P, length):
+    """True where a token of a segment attends to a token of its prompt (the first P columns) or to
+    an earlier one of its own segment (the others). prompt_lengths (N,); length = T + M.
+    -> (N, 1, length, P + length) bool"""
+    N, device = len(prompt_lengths), prompt_lengths.device
+    to_prompt = torch.arange(P, device=device) < prompt_lengths[:, None]  # (N, P)
+    to_itself = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return torch.cat([to_prompt[:, None].expand(N, length, P),
+                      to_itself.expand(N, length, length)], 2)[:, None]
+
+
+def packed_attention(query, key, value, packed, scaling):
+    """Attention in packed rows: the prompt attends to itself, and every segment to its prompt and
+    to itself. So a segment costs its own length, not that of the row.
+
+    query (B, heads, L, d); key and value (B, key heads, L, d) -> (B, L, heads, d)
+
+    Every row begins with its prompt, so one causal pass over the first P columns serves all B
+    prompts. Where a prompt is shorter than P, those columns already hold segments, and that pass
+    computes something wrong for them. The last step overwrites it.
+    """
+    (B, heads, L, d), P = query.shape, packed.P
+    G = len(packed.segment_places) // B
+
+    def segments_of(x):  # (B, h, L, d) -> (N, h, T + M, d)
+        states = x.transpose(1, 2).flatten(0, 1).index_select(0, packed.segment_places.flatten())
+        return states.view(*packed.segment_places.shape, -1, d).transpose(1, 2)
+
+    def prompt_and_segments_of(x):  # (B, h, L, d) -> (N, h, P + T + M, d)
+        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), segments_of(x)], 2)
+
+    prompts = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P],
+                                             is_causal=True, scale=scaling, enable_gqa=True)
+    segments = masked_attention(segments_of(query), prompt_and_segments_of(key),
+                                prompt_and_segments_of(value), packed.segment_mask, scaling)
+    # put both back into rows: the prompts, zeros behind them, and the segments over that
+    out = F.pad(prompts, (0, 0, 0, L - P)).transpose(1, 2).flatten(0, 1)  # (B * L, heads, d)
+    segments = segments.transpose(1, 2).flatten(0, 1)                     # (N * (T + M), heads, d)
+    places = packed.segment_places.flatten()[packed.no_padding]
+    return out.index_copy(0, places, segments[packed.no_padding]).view(B, L, heads, d)
+
+
+def masked_attention(query, key, value, mask, scaling):
+    """Attention with a mask and with grouped heads: query (n, heads, q, d), key and value (n, key
+    heads, k, d), boolean mask (n, 1, q, k) -> (n, heads, q, d).
+
+    Fused kernels reject a mask together with grouped key/value heads. So the query heads that share
+    one key head are stacked as extra query rows of it.
+    """
+    n, heads, length, d = query.shape
+    shared = heads // key.shape[1]
+    rows = query.reshape(n, heads // shared, shared * length, d)
+    mask = mask.repeat(1, 1, shared, 1) if shared > 1 else mask
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return out.view(n, heads, length, d)
+
+
+# --- The log-probabilities of sampled tokens, without ever keeping all logits ---------------------
+
+def policy_logits(lm_head, hidden, forbidden, temperature):
+    """The logits of the policy: hidden (n, C), the last hidden states of a language model of width
+    C, -> (n, V) for its vocabulary of V tokens, in fp32 or better.
+
+    forbidden (V,) bool marks tokens that are never sampled. Sampling and training both call this,
+    since the loss is only right if both mean the same policy: the same temperature and the same
+    forbidden tokens."""
+    logits = lm_head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # not -inf: in the entropy, 0 * inf would be NaN
+    return (logits / temperature).masked_fill(forbidden, -1e9)
+
+
+def token_log_probs(lm_head, hidden, targets, forbidden, temperature=1.0, chunk=128):
+    """The log-probabilities (n,) of the tokens `targets` (n,), each given the hidden state (n, C)
+    that predicts it, and the entropy (n,) of the policy there, which gets no gradient.
+
+    The logits exist for `chunk` states at a time and are computed again in the backward pass. A
+    whole (n, V) tensor never exists. At V = 151,936 it would be the largest tensor of the step.
+    """
+    def chunk_log_probs(states, tokens):
+        log_p = policy_logits(lm_head, states, forbidden, temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(1, tokens[:, None])[:, 0], entropy
+
+    log_probs, entropies = [], []
+    for states, tokens in zip(hidden.split(chunk), targets.split(chunk)):
+        log_prob, entropy = checkpoint(chunk_log_probs, states, tokens, use_reentrant=False)
+        log_probs.append(log_prob)
+        entropies.append(entropy)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def completion_table(values, mask):
+    """One value per token, completion after completion (tokens,) -> (N, T) with 0 where mask (N, T)
+    is False."""
+    table = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return table.masked_scatter(mask, values)

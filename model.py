@@ -1,100 +1,197 @@
-"""Lens: a multimodal LLM, context queries, a connector and SAM 2 (Eqs. 1-4).
+"""LENS, the model: a multimodal LLM (MLLM), context queries, a connector and SAM 2 (Eqs. 1-4).
 
-    Eq. 1   P_CoT, P_box = mllm.generate(p_sys, T, I)             generate()
-    Eq. 2   Q' = mllm.forward(p_sys, T, I, P_CoT, P_box, Q)       group_hidden(), Lens.forward()
-    Eq. 3   Q_seg = connector(Q')                                 Connector
-    Eq. 4   P_seg = sam(Q_seg, I)                                 SamHead
+    Eq. 1   P_CoT, P_box = mllm.generate(p_sys, T, I)             train_rl.generate
+    Eq. 2   Q' = mllm.forward(p_sys, T, I, P_CoT, P_box, Q)       forward_one, query states
+    Eq. 3   Q_seg = connector(Q')                                 Connector, prompt embeddings
+    Eq. 4   P_seg = sam(Q_seg, I)                                 SamHead, mask logits
 
-A group is a prompt and its G completions. They share picture and prompt, so it is one packed row
+In words: the MLLM reads the image I and the expression T under the system prompt p_sys and writes a
+completion, which is a reasoning (P_CoT) and a box (P_box). Then M learned vectors Q, the context
+queries, stand behind the completion as if they were M more tokens. They attend to the image, the
+prompt, the reasoning and the box, and the MLLM's last hidden states at their places (Q', the query
+states) say what they found. The connector turns these into prompts for SAM 2, which draws the mask.
 
-    [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
+Read `forward_one` first. It does all of this for one completion and has nothing else in it. What
+follows below the banner gives the same numbers faster, for whole groups of completions.
 
-in which completion i sees the prompt and itself only, at the positions it would have alone. The
-result is that of G separate forwards, for the cost of one prompt. The vision tower and SAM's image
-encoder run once per picture. (The released code does all of it for every sample.)
+Letters: B prompts, G completions per prompt, N = B * G; P prompt tokens, T completion tokens, L the
+length of a packed row (grpo.py), M context queries, C the MLLM's hidden size, V its vocabulary,
+K prompt embeddings given to SAM, D SAM's width, S the side of SAM's square image, (H, W) the size
+of an original image.
 
-Departures. Positions are Qwen's 3-D M-RoPE in every pass; the released context pass falls back to
-1-D ones (`--positions 1d`). The connector hands all M tokens to SAM (our reading of Eq. 3); the
-released one squeezes them into one (`--prompt-tokens one`). Logits exist for completion tokens only
-and in chunks, never as (L, V). `--profile released` switches what flags can (README's table).
-
-Letters: B prompts, G samples per prompt, N = B * G, P prompt tokens, T completion tokens, L row
-length, M context queries, C hidden size, V vocabulary, K prompt tokens to SAM, D SAM's width, S
-its picture side, H x W pixels."""
+Departures from the paper
+- "A shallow transformer" in Eq. 3 is four blocks, as in the released code, and hands all M query
+  states on to SAM. The released code squeezes them into one (`--sam-tokens one`).
+- Positions are the MLLM's own (3-D M-RoPE) in every pass. The released code falls back to 1-D
+  positions in the pass that draws the mask (`--mask-pass released`).
+"""
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import sam2
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from huggingface_hub import hf_hub_download
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoModelForImageTextToText, AutoProcessor, DynamicCache)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from data import LensError
-from grpo import completion_table, pick_tokens, policy_logits, token_log_probs
+from data import LensError, write_whole
+from grpo import (completion_table, masked_attention, packed_attention, policy_logits,
+                  token_log_probs)
+from rewards import TAGS, chat_messages
 
-# --- The parts: connector (Eq. 3) and SAM's head (Eq. 4) ------------------------------------------
 
-class Block(nn.Module):
-    """One pre-norm transformer block, bidirectional over the M queries."""
+class Lens(nn.Module):
+    """MLLM, context queries, connector and SAM 2 in one module.
 
-    def __init__(self, width, heads):
+    FSDP gathers and reduces weights around a call of the module, so each stage trains through one
+    method: stage 1 through `align_forward`, stage 2 through `forward`.
+    """
+
+    def __init__(self, mllm, sam, args, forbidden, eos, opening=""):
+        """args: the settings in align.SharedArgs; forbidden (V,) bool: tokens that are never
+        sampled; eos: id of the token that ends a completion; opening: see read_template."""
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        C, D = mllm.config.text_config.hidden_size, sam.sam_prompt_encoder.embed_dim
+        self.mllm, self.image_encoder, self.sam = mllm, sam.image_encoder, SamHead(sam)
+        scale = mllm.config.text_config.initializer_range  # Q starts like the token embeddings
+        self.queries = nn.Parameter(torch.randn(args.num_queries, C) * scale)
+        self.connector = Connector(C, args.num_queries, D, args.connector, args.sam_tokens)
+        self.register_buffer("forbidden", forbidden, persistent=False)
+        self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
+        self.prompt, self.mask_pass, self.opening = args.prompt, args.mask_pass, opening
+        self.in_bf16 = args.precision == "bf16"
+        # With this, SAM picks among four masks where its single mask is unstable. SAM looks at it
+        # in eval mode only.
+        self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.mask_pass == "released"
 
-    def forward(self, x):                                                    # (N, M, C)
-        N, M, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(N, M, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, M, d) each
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, M, C)
-        x = x + self.proj(attended)
-        hidden = self.fc1(self.norm2(x))
-        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))          # quick GELU
+    @torch.no_grad()
+    def encode_images(self, sam_pixels):
+        """(B, 3, S, S) -> SAM's three feature maps, at strides 4, 8 and 16. The encoder is frozen
+        in both stages, so once per image is enough."""
+        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=self.in_bf16):
+            return self.image_encoder(sam_pixels)["backbone_fpn"]
 
+    def masks(self, query_states, features):
+        """Eqs. 3 and 4: query states (N, M, C) and the feature maps of B images -> mask logits
+        (N, S/4, S/4)."""
+        query_states = query_states.to(self.connector.to_sam[0].weight.dtype)
+        prompts = self.connector(query_states)                                   # (N, K, D)
+        return self.sam(features, prompts.view(len(features[0]), -1, *prompts.shape[1:]))
+
+    def forward(self, *inputs, **options):
+        return group_forward(self, *inputs, **options)
+
+    def align_forward(self, prefilled, features):
+        """Stage 1's forward, see `queries_behind`. -> mask logits (B, S/4, S/4)"""
+        return self.masks(queries_behind(self.mllm, prefilled, self.queries), features)
+
+
+def forward_one(lens, batch, completion, temperature=1.0):
+    """The method in its plainest form: one completion of one prompt, nothing packed and nothing
+    cached. Everything faster in this project is tested against it.
+
+    batch: one prompt, as data.Collator lays it out; completion (T,) with its end token.
+    -> {"log_probs" (T,), "query_states" (M, C), "mask_logits" (S/4, S/4)}
+    """
+    mllm, (prompt,), M = lens.mllm, batch["prompt_ids"], lens.M
+    P, T = len(prompt), len(completion)
+
+    # the input: the prompt with its image, the completion, and Q behind it
+    ids = torch.cat([prompt, completion, completion.new_zeros(M)])[None]         # (1, P + T + M)
+    inputs = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
+    tokens = inputs["inputs_embeds"][:, :P + T]                                  # (1, P + T, C)
+    inputs["inputs_embeds"] = torch.cat([tokens, lens.queries[None]], 1)
+    # its positions: what is behind the prompt counts on from the prompt's end
+    positions, = context_positions(prompt_positions(mllm, batch), lens.mask_pass)   # (3, P)
+    behind = positions.max() + 1 + torch.arange(T + M)
+    positions = torch.cat([positions, behind.expand(3, -1)], 1)[:, None]         # (3, 1, P + T + M)
+    hidden = mllm.model.language_model(**inputs, position_ids=positions,
+                                       use_cache=False).last_hidden_state[0]     # (P + T + M, C)
+
+    # pi(completion), for GRPO: a state predicts the token behind it
+    logits = policy_logits(mllm.lm_head, hidden[P - 1:P + T - 1], lens.forbidden, temperature)
+    log_probs = logits.log_softmax(-1)[torch.arange(T), completion]              # (T,)
+
+    query_states = hidden[P + T:]                                                # Eq. 2: Q' (M, C)
+    prompt_embeddings = lens.connector(query_states[None])                       # Eq. 3: (1, K, D)
+    features = lens.encode_images(batch["sam_pixels"])
+    mask_logits = lens.sam(features, prompt_embeddings[None])[0]                 # Eq. 4: P_seg
+    return {"log_probs": log_probs, "query_states": query_states, "mask_logits": mask_logits}
+
+
+# --- The parts: the connector (Eq. 3) and SAM 2 (Eq. 4) -------------------------------------------
 
 class Connector(nn.Module):
-    """Eq. 3, Q_seg = connector(Q'): query states (N, M, C) -> SAM prompt embeddings (N, K, D).
+    """Eq. 3, Q_seg = connector(Q'): query states (N, M, C) -> prompt embeddings for SAM (N, K, D).
 
-    "A shallow transformer" in the paper; four blocks, as in the released code. `kind="mlp"` is
-    Table 4's other row. K is M, or 1 where a convolution squeezes them, as in the released code."""
+    kind "vit" is a small transformer of four blocks in which every query sees all others. "mlp" has
+    no blocks (Table 4). sam_tokens "all" gives K = M; "one" squeezes the M states into K = 1 with a
+    convolution, as the released code does.
+    """
 
-    def __init__(self, C, M, D, kind="vit", heads=16, prompt_tokens="all"):
+    def __init__(self, C, M, D, kind="vit", sam_tokens="all"):
         super().__init__()
+        heads = min(16, C // 32)  # 16 as in the released code; small models get fewer
         if kind == "vit" and C % heads:
-            raise LensError(f"--connector-heads {heads} does not divide the MLLM's hidden size {C}")
-        # as large as the states: with 0.02 all M tokens stay alike for long (docs/world.md)
+            raise LensError(f"--connector vit: its {heads} heads do not divide the MLLM's hidden "
+                            f"size {C}. Take --connector mlp or another --mllm.")
+        # As large as the states. With 0.02 all M outputs stay alike for long (docs/world.md).
         self.position = nn.Parameter(torch.randn(1, M, C)) if kind == "vit" else None
-        self.blocks = nn.ModuleList(Block(C, heads) for _ in range(4 if kind == "vit" else 0))
-        self.squeeze = nn.Conv1d(C, C, kernel_size=M) if prompt_tokens == "one" else None
+        self.blocks = nn.ModuleList(ConnectorBlock(C, heads)
+                                    for _ in range(4 if kind == "vit" else 0))
+        self.squeeze = nn.Conv1d(C, C, kernel_size=M) if sam_tokens == "one" else None
         self.to_sam = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, D))
 
-    def forward(self, x):                                                    # (N, M, C)
+    def forward(self, x):                                                        # (N, M, C)
         if self.position is not None:
             x = x + self.position
         for block in self.blocks:
             x = block(x)
         if self.squeeze is not None:
-            x = self.squeeze(x.transpose(1, 2)).transpose(1, 2)              # (N, 1, C)
+            x = self.squeeze(x.transpose(1, 2)).transpose(1, 2)                  # (N, 1, C)
         return self.to_sam(x)
 
 
+class ConnectorBlock(nn.Module):
+    """One pre-norm transformer block over the M queries, without a causal mask."""
+
+    def __init__(self, C, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(C, eps=1e-6) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x):                                                        # (N, M, C)
+        N, M, C = x.shape
+        qkv = self.qkv(self.norm1(x)).view(N, M, 3, self.heads, C // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)                           # (N, heads, M, d)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.proj(attended.transpose(1, 2).reshape(N, M, C))
+        hidden = self.fc1(self.norm2(x))
+        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))              # quick GELU
+
+
 class SamHead(nn.Module):
-    """Eq. 4: SAM 2 without its image encoder and without its video memory, under sam2's own
-    parameter names. It stays in fp32: SAM 2 is not clean in bf16."""
+    """Eq. 4: SAM 2 without its image encoder and its video memory, under sam2's own parameter
+    names. It always computes in fp32, since SAM 2 loses too much in bf16."""
 
     def __init__(self, sam):
         super().__init__()
@@ -103,483 +200,224 @@ class SamHead(nn.Module):
         self.no_mem_embed = sam.no_mem_embed
 
     def forward(self, features, prompts):
-        """features: encode_pictures' three maps, (B, c, h, w) at strides 4, 8, 16; prompts (B, G,
-        K, D) -> mask logits (B * G, S/4, S/4)."""
-        decoder, G = self.sam_mask_decoder, prompts.shape[1]
-        features = [f.float() for f in features]
+        """features: three maps (B, channels, h, w) at strides 4, 8, 16, see Lens.encode_images;
+        prompts (B, G, K, D): G prompts for each image -> mask logits (B * G, S/4, S/4)."""
+        decoder, G, dtype = self.sam_mask_decoder, prompts.shape[1], self.no_mem_embed.dtype
+        features = [f.to(dtype) for f in features]
         maps = [decoder.conv_s0(features[0]), decoder.conv_s1(features[1]),
                 features[2] + self.no_mem_embed.view(1, -1, 1, 1)]
-        # one picture's maps serve its G prompts: views for B = 1, copies only for B > 1
+        # the G prompts of an image share its maps: views for B = 1, copies only for B > 1
         maps = [m[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1) for m in maps]
-        _, dense = self.sam_prompt_encoder(points=None, boxes=None, masks=None)  # for "no mask"
+        _, no_mask = self.sam_prompt_encoder(points=None, boxes=None, masks=None)
         logits = decoder(image_embeddings=maps[2], image_pe=self.sam_prompt_encoder.get_dense_pe(),
-                         sparse_prompt_embeddings=prompts.flatten(0, 1).float(),
-                         dense_prompt_embeddings=dense, multimask_output=False, repeat_image=False,
-                         high_res_features=maps[:2])[0]
-        return logits[:, 0].clone()  # FSDP warns of views that leave a unit
+                         sparse_prompt_embeddings=prompts.flatten(0, 1).to(dtype),
+                         dense_prompt_embeddings=no_mask, multimask_output=False,
+                         repeat_image=False, high_res_features=maps[:2])[0]
+        return logits[:, 0].clone()  # a copy, since FSDP warns of views that leave a unit
 
     def box_prompts(self, boxes):
-        """Boxes (N, 4) in the SAM frame -> (N, 3, D), as SAM 2's predictor does it: two corner
-        points and padding. What Seg-Zero prompts with; not used by Lens itself."""
+        """Boxes (N, 4) in the SAM frame -> prompts (N, 3, D), as SAM 2's own predictor makes them:
+        two corners and padding. Lens does not use this; evaluate.py does, to compare."""
         corners = boxes.view(-1, 2, 2)
         labels = torch.tensor([[2, 3]], device=boxes.device).expand(len(boxes), 2)
         return self.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)[0]
 
 
-# --- The group forward (Eq. 2) --------------------------------------------------------------------
-
-def prompt_positions(mllm, batch):
-    """3-D M-RoPE positions of each prompt: list of B (3, P_b) long, on the CPU."""
-    grids = batch["grid_thw"].cpu()
-    positions = []
-    for b, (ids, types) in enumerate(zip(batch["ids"], batch["types"])):
-        of_one, _ = mllm.model.get_rope_index(ids[None], mm_token_type_ids=types[None],
-                                              image_grid_thw=grids[b:b + 1])          # (3, 1, P_b)
-        positions.append(of_one[:, 0])
-    return positions
-
-
-def context_positions(positions, kind):
-    """Positions of the context pass: the MLLM's own, or 0, 1, 2, ... on all three axes
-    (`--positions 1d`), which is what the released code's context pass falls back to."""
-    if kind == "mrope":
-        return positions
-    return [torch.arange(p.shape[1]).expand(3, -1) for p in positions]
-
-
-@dataclass
-class GroupLayout:
-    """Where the completions of packed rows lie, for lens_attention. S = T + M here: the longest
-    completion and its queries."""
-    P: int                # tokens of the longest prompt; every row begins with its prompt
-    places: torch.Tensor  # (N, S) flat index b * L + l of its tokens and queries, 0 for padding
-    mask: torch.Tensor    # (N, 1, S, P + S) bool: what each sees of its prompt and of itself
-    slots: torch.Tensor   # (filled,) the slots among N * S that hold a token or query
-
-
-@dataclass
-class PackedGroups:
-    """B groups as B packed rows, see pack_groups."""
-    ids: torch.Tensor          # (B, L) prompt and completion tokens, 0 for queries and padding
-    positions: torch.Tensor    # (3, B, L) every completion continues from its prompt's end
-    queries: torch.Tensor      # (N, M) flat index b * L + l of each context query
-    predictors: torch.Tensor   # (tokens,) flat index of the state that predicts each token
-    targets: torch.Tensor      # (tokens,) those tokens, completion by completion
-    mask: torch.Tensor         # (N, T) bool, where they go in a padded table: the completion mask
-    group: GroupLayout
-
-
-def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
-    """Lay out B groups as B packed rows on `device`; a completion's first token is predicted by the
-    prompt's last state. On the CPU come prompt_ids, B x (P_b,); positions, B x (3, P_b);
-    completions, B x G x (T_i,)."""
-    B, G = len(prompt_ids), len(completions[0])
-    P = max(len(ids) for ids in prompt_ids)
-    T = max(len(completion) for group in completions for completion in group)
-    L = max(len(ids) + sum(len(completion) + M for completion in group)
-            for ids, group in zip(prompt_ids, completions))
-    row_ids = torch.zeros(B, L, dtype=torch.long)
-    row_positions = torch.zeros(3, B, L, dtype=torch.long)
-    places = torch.full((B * G, T + M), -1)
-    queries = torch.empty(B * G, M, dtype=torch.long)
-    predictors, targets = [], []
-    for b, (ids, position, group) in enumerate(zip(prompt_ids, positions, completions)):
-        row_ids[b, :len(ids)] = ids
-        row_positions[:, b, :len(ids)] = position
-        first_position = int(position.max()) + 1
-        last_of_prompt = torch.tensor([b * L + len(ids) - 1])
-        start = len(ids)  # of the completion, within its row
-        for g, completion in enumerate(group):
-            tokens, length = len(completion), len(completion) + M
-            n, flat = b * G + g, b * L + start + torch.arange(length)
-            row_ids[b, start:start + tokens] = completion
-            row_positions[:, b, start:start + length] = first_position + torch.arange(length)
-            places[n, :length] = flat
-            queries[n] = flat[tokens:]
-            predictors += [last_of_prompt, flat[:tokens - 1]]
-            targets.append(completion)
-            start += length
-
-    # what a token of completion n sees: its whole prompt, and its own segment up to itself
-    prompt_lengths = torch.tensor([len(ids) for ids in prompt_ids]).repeat_interleave(G)
-    sees_prompt = torch.arange(P, device=device) < prompt_lengths.to(device)[:, None]  # (N, P)
-    sees_itself = torch.ones(T + M, T + M, dtype=torch.bool, device=device).tril()
-    segment_mask = torch.cat([sees_prompt[:, None].expand(B * G, T + M, P),
-                              sees_itself.expand(B * G, T + M, T + M)], 2)[:, None]
-    lengths = torch.tensor([len(completion) for group in completions for completion in group])
-
-    def move(tensor):
-        return tensor.to(device, non_blocking=True)
-    layout = GroupLayout(P, move(places.clamp(min=0)), segment_mask,
-                         move((places >= 0).flatten().nonzero()[:, 0]))
-    return PackedGroups(ids=move(row_ids), positions=move(row_positions), queries=move(queries),
-                        predictors=move(torch.cat(predictors)), targets=move(torch.cat(targets)),
-                        mask=move(torch.arange(T) < lengths[:, None]), group=layout)
-
-
-def masked_attention(query, key, value, mask, scaling):
-    """Attention of (n, heads, S, d) over (n, kv heads, L, d), mask (n, 1, S, L). Heads that share
-    keys become further rows of one head: fused kernels take no mask with fewer key heads."""
-    n, heads, S, d = query.shape
-    shared = heads // key.shape[1]
-    rows = query.reshape(n, heads // shared, shared * S, d)
-    mask = mask.repeat(1, 1, shared, 1) if shared > 1 else mask
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.view(n, heads, S, d)
-
-
-def lens_attention(module, query, key, value, attention_mask, group=None, one_token=False,
-                   scaling=None, **kwargs):
-    """What transformers calls for "lens". In a packed row the prompt attends to itself, and every
-    completion to the prompt and itself, so a sample pays for its own tokens only. Without `group`
-    (a GroupLayout): one token of FixedCache, or transformers' own sdpa attention.
-
-    query (B, heads, L, d); key, value (B, kv heads, L, d) -> (B, L, heads, d). Prompts are where
-    rows begin, so one causal pass over the first P columns serves all B; for a prompt shorter than
-    P that pass leaves its completions' first places wrong, and they are overwritten below."""
-    if one_token:
-        out = masked_attention(query, key, value, attention_mask, scaling)
-        return out.transpose(1, 2).contiguous(), None
-    if group is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **kwargs)
-    (B, heads, L, d), P, G = query.shape, group.P, len(group.places) // len(query)
-
-    def of_segments(x):  # -> (N, heads, S, d)
-        rows = x.transpose(1, 2).flatten(0, 1).index_select(0, group.places.flatten())
-        return rows.view(*group.places.shape, -1, d).transpose(1, 2)
-
-    def of_prompt_and_segments(x):  # -> (N, heads, P + S, d)
-        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), of_segments(x)], 2)
-    prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P],
-                                            is_causal=True, scale=scaling, enable_gqa=True)
-    segments = masked_attention(of_segments(query), of_prompt_and_segments(key),
-                                of_prompt_and_segments(value), group.mask, scaling)
-    out = F.pad(prompt, (0, 0, 0, L - P)).transpose(1, 2).flatten(0, 1)  # (B * L, heads, d)
-    segments = segments.transpose(1, 2).flatten(0, 1)  # (N * S, heads, d)
-    filled = group.places.flatten()[group.slots]
-    return out.index_copy(0, filled, segments[group.slots]).view(B, L, heads, d), None
-
-
-AttentionInterface.register("lens", lens_attention)
-AttentionMaskInterface.register("lens", sdpa_mask)               # of the passes without a group
-
+# --- The inputs of the MLLM's language model ------------------------------------------------------
 
 def embed(mllm, ids, pixel_values, grid_thw):
-    """Token embeddings (B, L, C) with each picture's features in their place, as the inputs of the
-    language model. pixel_values (patches, D), grid_thw (B, 3) in patches. Qwen3-VL adds features of
-    its vision tower's inner layers in its first layers as well."""
+    """Token ids (B, L) -> inputs of the language model: embeddings (B, L, C) with the features of
+    each image in the place of its image tokens.
+
+    pixel_values (patches, values) and grid_thw (B, 3), which counts patches, as the processor gives
+    them. Qwen3-VL also adds features of inner vision layers in its first text layers.
+    """
     features = mllm.model.get_image_features(pixel_values, grid_thw)
     embeds = mllm.model.language_model.embed_tokens(ids)
-    of_picture = ids == mllm.config.image_token_id
-    pictures = torch.cat(features.pooler_output).to(embeds.dtype)
-    inputs = {"inputs_embeds": embeds.masked_scatter(of_picture[..., None], pictures)}
+    is_image = ids == mllm.config.image_token_id
+    images = torch.cat(features.pooler_output).to(embeds.dtype)
+    inputs = {"inputs_embeds": embeds.masked_scatter(is_image[..., None], images)}
     if mllm.config.model_type == "qwen3_vl":
-        inputs["visual_pos_masks"] = of_picture
-        inputs["deepstack_visual_embeds"] = [        # tensors in transformers 5.17, tuples later
+        inputs["visual_pos_masks"] = is_image
+        inputs["deepstack_visual_embeds"] = [  # tensors in transformers 5.17, tuples later
             layer if torch.is_tensor(layer) else torch.cat(layer)
             for layer in features.deepstack_features]
     return inputs
 
 
-def use_lens_attention(mllm):  # any other would ignore `group` and `one_token`
-    if mllm.config.text_config._attn_implementation != "lens":
-        mllm.set_attn_implementation({"text_config": "lens"})
+def prompt_positions(mllm, batch):
+    """The 3-D M-RoPE positions of each prompt: list of B (3, P_b) on the CPU."""
+    grids = batch["grid_thw"].cpu()
+    positions = []
+    for b, (ids, types) in enumerate(zip(batch["prompt_ids"], batch["token_types"])):
+        position, _ = mllm.model.get_rope_index(ids[None], mm_token_type_ids=types[None],
+                                                image_grid_thw=grids[b:b + 1])   # (3, 1, P_b)
+        positions.append(position[:, 0])
+    return positions
+
+
+def context_positions(positions, mask_pass):
+    """The positions of the pass that draws the mask. "paper": the MLLM's own. "released": 0, 1, 2,
+    ... on all three axes, which is what the released code falls back to."""
+    if mask_pass == "paper":
+        return positions
+    return [torch.arange(position.shape[1]).expand(3, -1) for position in positions]
+
+
+# --- The same numbers, faster: whole groups as packed rows ----------------------------------------
+
+def group_forward(lens, pixel_values, grid_thw, packed, features, temperature=1.0,
+                  with_log_probs=True):
+    """`forward_one` for the N completions of B groups at once. The vision tower, the prompt and
+    SAM's image encoder are computed once for each image, not once for each completion.
+
+    pixel_values (patches, values), grid_thw (B, 3); packed: grpo.PackedGroups; features: what
+    Lens.encode_images gave for the B images. -> {"query_states" (N, M, C), "mask_logits" (N, S/4,
+    S/4)} and, with_log_probs, {"log_probs" (N, T), "entropy" (N, T)}, 0 behind a completion's end
+    """
+    hidden = group_hidden(lens.mllm, pixel_values, grid_thw, packed, lens.queries)
+    query_states = hidden[packed.query_places]                                   # Eq. 2
+    out = {"query_states": query_states, "mask_logits": lens.masks(query_states, features)}
+    if with_log_probs:
+        log_probs, entropy = token_log_probs(lens.mllm.lm_head, hidden[packed.target_places],
+                                             packed.targets, lens.forbidden, temperature)
+        out["log_probs"] = completion_table(log_probs, packed.mask)
+        out["entropy"] = completion_table(entropy, packed.mask)
+    return out
 
 
 def group_hidden(mllm, pixel_values, grid_thw, packed, queries=None):
-    """Eq. 2 for whole groups: the MLLM's last hidden states of packed rows, flat (B * L, C).
-    `queries` (M, C) are the same for all N completions."""
+    """Eq. 2 for whole groups: the last hidden states of packed rows, flat (B * L, C). `queries`
+    (M, C) stand behind every completion; without them only the text is computed."""
     use_lens_attention(mllm)
     inputs = embed(mllm, packed.ids, pixel_values, grid_thw)
     B, L, C = inputs["inputs_embeds"].shape
     if queries is not None:
         flat = inputs["inputs_embeds"].view(B * L, C)
-        everyone = queries.to(flat.dtype).repeat(len(packed.queries), 1)  # (N * M, C)
-        flat = flat.index_copy(0, packed.queries.flatten(), everyone)
+        repeated = queries.to(flat.dtype).repeat(len(packed.query_places), 1)    # (N * M, C)
+        flat = flat.index_copy(0, packed.query_places.flatten(), repeated)
         inputs["inputs_embeds"] = flat.view(B, L, C)
     out = mllm.model.language_model(**inputs, position_ids=packed.positions, use_cache=False,
-                                    group=packed.group)
+                                    packed=packed)
     return out.last_hidden_state.view(B * L, C)
 
 
+def lens_attention(module, query, key, value, attention_mask, packed=None, one_token=False,
+                   scaling=None, **kwargs):
+    """The attention function that transformers calls in every text layer, under the name "lens".
+    query (B, heads, L, d); key and value (B, key heads, L, d) -> (B, L, heads, d), None"""
+    if packed is not None:
+        return packed_attention(query, key, value, packed, scaling), None
+    if one_token:  # a step of train_rl.FixedCache
+        out = masked_attention(query, key, value, attention_mask, scaling)
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                  **kwargs)
+
+
+AttentionInterface.register("lens", lens_attention)
+AttentionMaskInterface.register("lens", sdpa_mask)
+
+
+def use_lens_attention(mllm):
+    """Any other attention would silently ignore `packed` and `one_token`."""
+    if mllm.config.text_config._attn_implementation != "lens":
+        mllm.set_attn_implementation({"text_config": "lens"})
+
+
 @dataclass
-class AnswerCache:
-    """What the frozen MLLM keeps of B prompts and answers in stage 1."""
-    cache: DynamicCache
-    attention: torch.Tensor  # (B, P + T) 1 where a token stands, 0 on the padding before it
-    first: torch.Tensor      # (B,) the position after each answer
+class Prefilled:
+    """What the language model keeps of B sequences that it has read, padded on the left."""
+    hidden: torch.Tensor         # (B, C) the last hidden state of each
+    cache: DynamicCache          # keys and values of every layer
+    attention: torch.Tensor      # (B, length) 1 where there is a token, 0 on the padding before it
+    next_position: torch.Tensor  # (B,) the position of what comes behind
 
 
-@torch.no_grad()
-def read_answers(mllm, batch, positions, answers):
-    """Stage 1, where nothing before the queries is trained: prompt and answer of each of B prompts,
-    read once without gradients, for query_states to go on from. answers: B (T_b,) on the CPU."""
-    longer, after = {**batch, "ids": []}, []
-    for ids, position, answer in zip(batch["ids"], positions, answers):
-        longer["ids"].append(torch.cat([ids, answer]))
-        continued = int(position.max()) + 1 + torch.arange(len(answer))
-        after.append(torch.cat([position, continued.expand(3, -1)], -1))
-    _, cache, attention, first = prefill(mllm, longer, after)
-    return AnswerCache(cache, attention, first)
+def prefill(mllm, batch, positions, completions=None):
+    """Run B prompts through the MLLM once, each with its completion behind it if `completions` are
+    given: B x (T_b,) on the CPU. positions: `prompt_positions` of the batch. -> Prefilled"""
+    rows, row_positions = batch["prompt_ids"], positions
+    if completions is not None:
+        behind = [position.max() + 1 + torch.arange(len(completion)).expand(3, -1)
+                  for position, completion in zip(positions, completions)]
+        rows = [torch.cat(pair) for pair in zip(rows, completions)]
+        row_positions = [torch.cat(pair, 1) for pair in zip(positions, behind)]
+    device, length = batch["pixel_values"].device, max(len(row) for row in rows)
 
-
-def query_states(mllm, read, queries):
-    """Eq. 2 for the M queries alone, after what `read_answers` has read. -> (B, M, C)"""
-    B, M = len(read.first), len(queries)
-    attention = torch.cat([read.attention, read.attention.new_ones(B, M)], 1)
-    position = (read.first[:, None] + torch.arange(M, device=queries.device)).expand(3, B, M)
-    embeds = queries.to(mllm.lm_head.weight.dtype).expand(B, -1, -1)
-    return mllm.model.language_model(inputs_embeds=embeds, attention_mask=attention,
-                                     position_ids=position, past_key_values=read.cache,
-                                     use_cache=True).last_hidden_state
-
-
-# --- The whole model ------------------------------------------------------------------------------
-
-class Lens(nn.Module):
-    """MLLM, context queries, connector and SAM. What is trained takes part in `forward` (stage 2)
-    or `align_forward` (stage 1): FSDP gathers and reduces around these two calls."""
-
-    def __init__(self, mllm, sam, args, forbidden, eos):
-        super().__init__()
-        C, D = mllm.config.text_config.hidden_size, sam.sam_prompt_encoder.embed_dim
-        self.mllm, self.image_encoder, self.sam = mllm, sam.image_encoder, SamHead(sam)
-        scale = mllm.config.text_config.initializer_range        # Q is drawn like token embeddings
-        self.queries = nn.Parameter(torch.randn(args.num_queries, C) * scale)
-        self.connector = Connector(C, args.num_queries, D, args.connector, args.connector_heads,
-                                   args.prompt_tokens)
-        self.register_buffer("forbidden", forbidden, persistent=False)  # (V,) bool: never sampled
-        self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
-        self.prompt, self.positions = args.prompt, args.positions
-        self.in_bf16 = args.precision == "bf16"
-        # SAM looks at this in eval mode only
-        self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.multimask
-
-    @torch.no_grad()
-    def encode_pictures(self, sam_pixels):
-        """(B, 3, S, S) -> SAM's feature maps at strides 4, 8 and 16. Frozen in both stages, once
-        per picture."""
-        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=self.in_bf16):
-            return self.image_encoder(sam_pixels)["backbone_fpn"]
-
-    def masks_of(self, states, features):
-        """Eqs. 3 and 4: query states (N, M, C), SAM's features of B pictures -> (N, S/4, S/4)
-        logits."""
-        prompts = self.connector(states.to(self.connector.to_sam[0].weight.dtype))       # (N, K, D)
-        return self.sam(features, prompts.view(len(features[0]), -1, *prompts.shape[1:]))
-
-    def align_forward(self, read, features):
-        """Stage 1's pass: the queries alone, after what read_answers has read. -> mask logits (B,
-        S/4, S/4)"""
-        return self.masks_of(query_states(self.mllm, read, self.queries), features)
-
-    def forward(self, pixel_values, grid_thw, packed, features, temperature=1.0,
-                with_log_probs=True):
-        """One packed pass over B groups, in stage 2 and in evaluation.
-
-        pixel_values (patches, D) and grid_thw (B, 3) as the processor gives them; packed:
-        PackedGroups; features: encode_pictures'. -> {"mask_logits" (N, S/4, S/4), "query_states"
-        (N, M, C), and with with_log_probs "log_probs" and "entropy" (N, T)}"""
-        hidden = group_hidden(self.mllm, pixel_values, grid_thw, packed, self.queries)
-        states = hidden[packed.queries]                                      # Q' of Eq. 2
-        out = {"query_states": states, "mask_logits": self.masks_of(states, features)}
-        if with_log_probs:
-            log_probs, entropy = token_log_probs(self.mllm.lm_head, hidden[packed.predictors],
-                                                 packed.targets, self.forbidden, temperature)
-            out["log_probs"] = completion_table(log_probs, packed.mask)
-            out["entropy"] = completion_table(entropy, packed.mask)
-        return out
-
-
-# --- Sampling (Eq. 1) -----------------------------------------------------------------------------
-
-def draw_uniforms(seed, step, prompts, G, T):
-    """(len(prompts) * G, T) in [0, 1): a row is a function of (seed, step, prompt's place, g)."""
-    rows = [np.random.default_rng([seed, step, prompt, g]).random(T)
-            for prompt in prompts for g in range(G)]
-    return torch.from_numpy(np.stack(rows))
-
-
-def prefill(mllm, batch, positions):
-    """Run B prompts once, padded on the left so that they end together. -> last hidden states
-    (B, C), their cache, attention mask (B, P), first position after each prompt (B,)."""
-    device, P = batch["pixel_values"].device, max(len(ids) for ids in batch["ids"])
-    def pad_left(x):
-        return F.pad(x, (P - x.shape[-1], 0))
-    ids = torch.stack([pad_left(ids) for ids in batch["ids"]]).to(device)  # (B, P)
-    attention = torch.stack([pad_left(torch.ones_like(ids)) for ids in batch["ids"]]).to(device)
-    position = torch.stack([pad_left(p) for p in positions], 1).to(device)  # (3, B, P)
+    def pad_left(x):  # so that all sequences end together
+        return F.pad(x, (length - x.shape[-1], 0))
+    ids = torch.stack([pad_left(row) for row in rows]).to(device)                # (B, length)
+    attention = torch.stack([pad_left(torch.ones_like(row)) for row in rows]).to(device)
+    position = torch.stack([pad_left(p) for p in row_positions], 1).to(device)   # (3, B, length)
     inputs = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
     cache = DynamicCache(config=mllm.config.text_config)
-    out = mllm.model.language_model(**inputs, position_ids=position, attention_mask=attention,
-                                    past_key_values=cache, use_cache=True)
-    return out.last_hidden_state[:, -1], cache, attention, position.amax((0, 2)) + 1
+    out = run_with_cache(mllm.model.language_model, cache, **inputs, position_ids=position,
+                         attention_mask=attention)
+    return Prefilled(out.last_hidden_state[:, -1], cache, attention, position.amax((0, 2)) + 1)
 
 
-def decode_step(lm, token, position, mask, cache, **kwargs):
-    """One token of n sequences; what FixedCache compiles. -> last hidden states (n, C)"""
-    return lm(inputs_embeds=lm.embed_tokens(token[:, None]), position_ids=position,
-              attention_mask=mask, past_key_values=cache, use_cache=True,
-              **kwargs).last_hidden_state[:, -1]
+def queries_behind(mllm, prefilled, queries):
+    """Eq. 2 for the queries (M, C) alone, behind B sequences that are prefilled with completions.
+    -> query states (B, M, C)
+
+    In stage 1 nothing before the queries is trained. So prompts and completions are read once,
+    without gradients, and only the queries are run with them."""
+    B, M = len(prefilled.hidden), len(queries)
+    attention = torch.cat([prefilled.attention, prefilled.attention.new_ones(B, M)], 1)
+    position = prefilled.next_position[:, None] + torch.arange(M, device=queries.device)  # (B, M)
+    embeds = queries.to(mllm.lm_head.weight.dtype).expand(B, -1, -1)
+    return run_with_cache(mllm.model.language_model, prefilled.cache, inputs_embeds=embeds,
+                          attention_mask=attention,
+                          position_ids=position.expand(3, B, M)).last_hidden_state
 
 
-class GrowingCache:
-    """The cache of n sequences, one token longer at every step: the plain way, and the CPU's."""
-
-    def __init__(self, lm, prompt_cache, attention, G):
-        prompt_cache.batch_repeat_interleave(G)
-        self.lm, self.cache = lm, prompt_cache
-        self.attention = attention.repeat_interleave(G, 0)  # (n, P + t)
-
-    def step(self, token, position):
-        """token (n,), position (3, n, 1) -> last hidden states (n, C)"""
-        self.attention = F.pad(self.attention, (0, 1), value=1)
-        return decode_step(self.lm, token, position, self.attention, self.cache)
-
-    def keep(self, running):
-        """Once half have ended, drop all but `running` (k,). -> those kept, or None"""
-        if len(running) > len(self.attention) // 2:
-            return None
-        self.cache.batch_select_indices(running)
-        self.attention = self.attention[running]
-        return running
+# transformers 5.24 renamed this argument
+CACHE = "cache" if "cache" in signature(Qwen2VLTextModel.forward).parameters else "past_key_values"
 
 
-class FixedCache:
-    """The same in tensors of fixed shapes and addresses, made once for at most N sequences, so that
-    one compiled step (on CUDA a captured graph) serves every token without a host sync. Few shapes
-    occur: n is N, N/2, N/4 or N/8, and a completion's first slot a multiple of 512. Weights that
-    change in place (train_rl.refresh) are seen by the next step."""
-
-    def __init__(self, mllm, N, longest_prompt, max_new, compiled=True):
-        config, weight = mllm.config.text_config, mllm.lm_head.weight
-        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.room = -(-max_new // 8) * 8  # slots of a completion: fused kernels like eights
-        length = -(-longest_prompt // 512) * 512 + self.room
-        shape = (config.num_hidden_layers, 2, N, config.num_key_value_heads, length, d)
-        self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.slot = torch.zeros(1, dtype=torch.long, device=weight.device)
-        self.lm, self.decode_step = mllm.model.language_model, decode_step
-        use_lens_attention(mllm)
-        if compiled:
-            torch._dynamo.config.recompile_limit = 64  # one for each shape
-            mode = "reduce-overhead" if weight.is_cuda else "default"
-            self.decode_step = torch.compile(decode_step, dynamic=False, mode=mode)
-
-    def take(self, n, length):
-        """Keys and values (n, heads, length, d) of each layer from now on: views of the whole."""
-        self.layers = [tuple(layer[:, :n, :, :length]) for layer in self.whole]
-        for tensor in sum(self.layers, ()):  # else a CUDA graph would copy it at every step
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def update(self, key, value, layer, *args, **kwargs):
-        """What a layer of the language model calls with the new token's key and value."""
-        keys, values = self.layers[layer]
-        keys.index_copy_(2, self.slot, key)
-        values.index_copy_(2, self.slot, value)
-        return keys, values
-
-    def get_seq_length(self, *args):
-        return 0  # asked for, but positions and mask are given
-
-    def begin(self, prompt_cache, attention, G):
-        """Take over the cache of B prompts, each repeated G times; attention (B, P)."""
-        B, P = attention.shape
-        first = -(-P // 512) * 512  # slot of the first completion token
-        self.take(B * G, first + self.room)
-        for held, layer in zip(self.layers, prompt_cache.layers):
-            held[0][:, :, first - P:first] = layer.keys.repeat_interleave(G, 0)
-            held[1][:, :, first - P:first] = layer.values.repeat_interleave(G, 0)
-        self.slot.fill_(first - 1)
-        seen = F.pad(attention.bool(), (first - P, self.room)).repeat_interleave(G, 0)
-        self.mask = seen[:, None, None]  # (n, 1, 1, length)
-        self.smallest = B * G // 8
-        return self
-
-    def step(self, token, position):
-        """token (n,), position (3, n, 1) -> last hidden states (n, C)"""
-        self.slot += 1
-        self.mask.index_fill_(3, self.slot, True)
-        return self.decode_step(self.lm, token, position, self.mask, self, one_token=True)
-
-    def keep(self, running):
-        """Once half have ended, halve the batch: `running` (k,), filled up. -> those kept"""
-        n, half = len(self.mask), len(self.mask) // 2
-        if len(running) > half or half < self.smallest:
-            return None
-        ended = torch.ones(n, dtype=torch.bool, device=running.device)
-        ended[running] = False
-        kept = torch.cat([running, ended.nonzero()[:half - len(running), 0]])
-        self.mask = self.mask[kept]
-        for tensor in sum(self.layers, ()):
-            tensor[:half] = tensor[kept]
-        self.take(half, self.mask.shape[3])
-        return kept
-
-
-@dataclass
-class Samples:
-    completions: list        # B x G x (T_i,) long on the CPU, the end token included
-    finished: list           # B x G bool, False where the limit cut the completion
-    log_probs: torch.Tensor  # (N, max_new) of the tokens under the sampler, 0 after the end token
-
-
-@torch.no_grad()
-def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, temperature=1.0,
-             fixed=None):
-    """Eq. 1: G completions of each of B prompts, all decoded as one batch, each prompt prefilled
-    once. -> Samples
-
-    uniforms: (N, max_new) double, one row per sample drawn before sampling, so that a sample
-    depends on neither rank, batch nor world size; None decodes greedily. fixed: a FixedCache to
-    decode in; without it the cache grows.
-    """
-    training, lm = mllm.training, mllm.model.language_model
-    mllm.eval()  # in training mode checkpointing would drop the cache
-    hidden, prompt_cache, attention, next_position = prefill(mllm, batch, positions)
-    hidden, next_position = (x.repeat_interleave(G, 0) for x in (hidden, next_position))
-    if fixed is None:
-        cache = GrowingCache(lm, prompt_cache, attention, G)
-    else:
-        cache = fixed.begin(prompt_cache, attention, G)
-    N, device = len(hidden), hidden.device
-    alive = torch.arange(N, device=device)  # the samples that the decoding batch still holds
-    tokens = torch.full((N, max_new), eos, device=device)
-    log_probs = torch.zeros(N, max_new, device=device)
-    done = torch.zeros(N, dtype=torch.bool, device=device)
-    for t in range(max_new):
-        logits = policy_logits(mllm.lm_head, hidden, forbidden, temperature)
-        token = pick_tokens(logits, None if uniforms is None else uniforms[alive, t])
-        log_p = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        ended = done[alive]
-        token = torch.where(ended, eos, token)  # what follows the end token is cut off below
-        tokens[alive, t] = token
-        log_probs[alive, t] = log_p.masked_fill(ended, 0)
-        done[alive] = ended | (token == eos)
-        if t + 1 == max_new:
-            break
-        if t % 8 == 7:  # one host sync per eight tokens
-            running = (~done[alive]).nonzero()[:, 0]
-            if len(running) == 0:
-                break
-            kept = cache.keep(running)
-            if kept is not None:
-                alive, token = alive[kept], token[kept]
-        position = (next_position[alive] + t).expand(3, 1, -1).transpose(1, 2)  # (3, n, 1)
-        hidden = cache.step(token, position)
-    mllm.train(training)
-    lengths = torch.where(done, (tokens == eos).int().argmax(1) + 1, max_new).tolist()
-    rows = [row[:length] for row, length in zip(tokens.cpu(), lengths)]
-    finished, starts = done.tolist(), range(0, N, G)
-    return Samples([rows[i:i + G] for i in starts], [finished[i:i + G] for i in starts], log_probs)
+def run_with_cache(language_model, cache, **inputs):
+    """Run the language model on what comes behind a cache, and add it to the cache."""
+    return language_model(**inputs, **{CACHE: cache}, use_cache=True)
 
 
 # --- Loading --------------------------------------------------------------------------------------
 
-ARCHITECTURE = ("num_queries", "connector", "connector_heads", "prompt_tokens")
-INHERITED = (*ARCHITECTURE, "mllm", "sam", "prompt", "positions", "multimask")  # by stage 2
+ARCHITECTURE = ("num_queries", "connector", "sam_tokens")
+# what stage 2 takes over from stage 1
+INHERITED = (*ARCHITECTURE, "profile", "mllm", "sam", "prompt", "mask_pass", "max_pixels")
 SAM_CONFIGS = {file: yaml for yaml, file in HF_MODEL_ID_TO_FILENAMES.values()}
+
+
+def build_lens(args, folder="", dtype=torch.float32):
+    """-> Lens, processor
+
+    args: align.SharedArgs. folder: a finished run, whose context module and SAM are loaded, and
+    whose mllm/ and sam/, if it has them, take the place of --mllm and --sam. LensError for what is
+    missing or does not fit.
+    """
+    if folder:
+        folder, saved = Path(folder), read_run(folder)
+        for name in ARCHITECTURE:
+            if getattr(args, name) != saved[name]:
+                raise LensError(f"{folder} was trained with --{name.replace('_', '-')} "
+                                f"{saved[name]}, not {getattr(args, name)}")
+        args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
+        args.sam = str(folder / "sam") if (folder / "sam").exists() else args.sam
+    sam = load_sam(args.sam)
+    mllm, processor = load_mllm(args.mllm, dtype)
+    if args.max_pixels:
+        size = dict(processor.image_processor.size)  # "longest_edge" counts pixels, not an edge
+        size["longest_edge"] = min(size["longest_edge"], args.max_pixels)
+        processor.image_processor.size = size
+    eos, opening = read_template(processor, args)
+    torch.manual_seed(args.seed)  # the queries and the connector start at random
+    forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features, eos, args.prompt)
+    lens = Lens(mllm, sam, args, forbidden, eos, opening)
+    if folder:
+        load_part(context_module(lens), folder / "context.safetensors", args)
+        load_part(lens.sam, folder / "sam.safetensors", args)
+    return lens, processor
 
 
 def read_run(folder):
@@ -590,25 +428,53 @@ def read_run(folder):
     except OSError:
         raise LensError(f"{folder}: no finished run here (lens.json is missing). Train one first: "
                         f"align.py, then train_rl.py. A checkpoint as published by the authors "
-                        f"becomes one with tests/convert_released.py.") from None
+                        f"becomes one with tests/tools/convert_released.py.") from None
     except ValueError as error:
-        raise LensError(f"{path} is damaged ({error}). Write it anew: --resume --export") from None
+        raise LensError(f"{path} is damaged ({error}). Resume that run with --steps N, its last "
+                        f"saved step, to write it again.") from None
+
+
+def load_mllm(path, dtype):
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL, whichever its config says. -> MLLM, processor
+
+    Never cast the whole model afterwards: its rotary frequencies are a buffer that must stay fp32.
+    """
+    try:
+        family = AutoConfig.from_pretrained(path).model_type
+        if family not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            raise ValueError(f"it is a {family}, not a qwen2_vl, qwen2_5_vl or qwen3_vl")
+        mllm, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype,
+                                                                   output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise LensError(f"--mllm {path}: could not be loaded ({reason}). Download it (hf download "
+                        f"{path}), give the folder of its config.json and safetensors, or try the "
+                        f"method first: --preset tiny") from None
+    for kind in ("missing_keys", "unexpected_keys"):
+        keys = sorted(report[kind])
+        if keys:  # transformers would leave random weights in the place of missing ones
+            raise LensError(f"--mllm {path}: its weights do not fit its config.json; "
+                            f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}"
+                            f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}. Merge an "
+                            f"adapter into its model first, and save with save_pretrained.")
+    return mllm, processor
 
 
 def load_sam(path, with_weights=True):
-    """SAM 2 from a folder (config.yaml, model.pt), a checkpoint under its official name or a hub
-    id; the sam2 package holds the official configurations. Built from that yaml as sam2.build_sam
-    does without post-processing; loaded strictly."""
+    """SAM 2 or 2.1 from a folder (config.yaml, model.pt), a checkpoint under its official file
+    name, or a hub id. For the last two, the sam2 package holds the configuration. Like
+    sam2.build_sam without post-processing. Every weight must fit."""
     name = HF_MODEL_ID_TO_FILENAMES.get(path, (None, Path(path).name))[1]
     if path in HF_MODEL_ID_TO_FILENAMES:
         try:
             path = hf_hub_download(path, name) if with_weights else name
-        except (OSError, ValueError):  # no network: below it is missing, and how to get it is said
+        except (OSError, ValueError):  # no network; the error below says how to get the file
             path = f"weights/{name}"
     path = Path(path)
     if path.is_dir():
         config, weights = path / "config.yaml", path / "model.pt"
-        remedy = "A folder has config.yaml and model.pt"
+        remedy = "A folder needs config.yaml and model.pt"
     elif name in SAM_CONFIGS:
         config, weights = Path(sam2.__path__[0]) / SAM_CONFIGS[name], path
         remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} {name} "
@@ -629,72 +495,168 @@ def load_sam(path, with_weights=True):
     return sam
 
 
-def load_mllm(path, dtype):
-    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL by its own config, and its processor. Never cast a Qwen
-    model afterwards as a whole: its rotary frequencies are a buffer that must stay fp32."""
-    try:
-        family = AutoConfig.from_pretrained(path).model_type
-        if family not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-            raise ValueError(f"it is of {family}, not of qwen2_vl, qwen2_5_vl or qwen3_vl")
-        mllm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        return mllm, AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise LensError(f"--mllm {path}: could not be loaded ({reason}). Download it (hf download "
-                        f"{path}), give the folder of its config.json and safetensors, or try the "
-                        f"method first: --preset tiny") from None
+def read_template(processor, args):
+    """What the chat template decides, asked once. -> the id of the token that ends a completion,
+    and the text with which the prompt already opens the completion ("<think>" for models that
+    always think, else ""). LensError if this template cannot work."""
+    if not processor.chat_template:
+        raise LensError(f"--mllm {args.mllm}: it has no chat template. Copy chat_template.jinja "
+                        f"from the model that it was trained from.")
+    tokenizer, chat = processor.tokenizer, chat_messages("x", args.prompt)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    hidden = [token for token in special if any(tag in token for tag in TAGS)]
+    if hidden:
+        raise LensError(f"--mllm {args.mllm}: the tags {', '.join(map(repr, hidden))} are special "
+                        f"tokens, which are never sampled and not shown in the text, so every "
+                        f"completion would lose its format reward. Set \"special\": false for "
+                        f"them in tokenizer.json.")
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    opening = "<think>\n" if prompt.rstrip().endswith("<think>") else ""
+    turn = {"role": "assistant", "content": [{"type": "text", "text": "COMPLETION"}]}
+    behind = processor.apply_chat_template([*chat, turn]).partition("COMPLETION")[2].strip()
+    eos = tokenizer.convert_tokens_to_ids(behind if behind in special else tokenizer.eos_token)
+    return eos, opening
 
 
-def forbidden_tokens(tokenizer, vocab_size, prompt="paper"):
-    """(V,) bool: what must never be sampled. Every special token but the end token (a sampled
-    picture token would break the next forward), and rows of the vocabulary beyond the tokenizer's
-    last token. Answers to released prompts may hold Qwen's marks of an object and its box."""
+def forbidden_tokens(tokenizer, vocab_size, eos, prompt="paper"):
+    """(V,) bool: the tokens that are never sampled.
+
+    These are all special tokens but the end token, since a sampled image token would break the next
+    forward, and the rows of the vocabulary behind the tokenizer's last token. Completions of the
+    released prompts may also hold Qwen's marks of an object and its box.
+    """
+    if len(tokenizer) > vocab_size:
+        raise LensError(f"the tokenizer has {len(tokenizer)} tokens, but the MLLM's vocabulary "
+                        f"only {vocab_size}: they do not belong together. Take both from one "
+                        "model.")
     forbidden = torch.arange(vocab_size) >= len(tokenizer)
-    allowed = {tokenizer.eos_token}
-    if prompt != "paper":
-        allowed |= {"<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"}
+    marks = {"<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"}
     for index, token in tokenizer.added_tokens_decoder.items():
-        if token.special and token.content not in allowed:
+        is_mark = prompt != "paper" and token.content in marks
+        if token.special and index != eos and not is_mark:
             forbidden[index] = True
     return forbidden
 
 
 def context_module(lens):
-    """Queries and connector under one state dict, the part that stage 1 trains."""
+    """The queries and the connector under one state dict: what stage 1 trains."""
     module = nn.Module()
     module.queries, module.connector = lens.queries, lens.connector
     return module
-
-
-def build_lens(args, folder="", dtype=torch.float32):
-    """-> (Lens, processor). With `folder`, a finished run: its context module and SAM head, and its
-    own MLLM and SAM 2 in place of --mllm and --sam where it has folder/mllm and folder/sam."""
-    if folder:
-        folder, saved = Path(folder), read_run(folder)
-        for name in ARCHITECTURE:
-            if getattr(args, name) != saved[name]:
-                raise LensError(f"{folder} was trained with --{name.replace('_', '-')} "
-                                f"{saved[name]}, not {getattr(args, name)}")
-        args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
-        args.sam = str(folder / "sam") if (folder / "sam").exists() else args.sam
-    sam = load_sam(args.sam)
-    mllm, processor = load_mllm(args.mllm, dtype)
-    if args.max_pixels:
-        size = dict(processor.image_processor.size)  # "longest_edge" counts pixels, not an edge
-        size["longest_edge"] = min(size["longest_edge"], args.max_pixels)
-        processor.image_processor.size = size
-    torch.manual_seed(args.seed)  # the initial queries and connector
-    forbidden = forbidden_tokens(processor.tokenizer, mllm.lm_head.out_features, args.prompt)
-    lens = Lens(mllm, sam, args, forbidden, processor.tokenizer.eos_token_id)
-    if folder:
-        load_part(context_module(lens), folder / "context.safetensors", args)
-        load_part(lens.sam, folder / "sam.safetensors", args)
-    return lens, processor
 
 
 def load_part(module, path, args):
     try:
         module.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise LensError(f"{path} does not fit --mllm {args.mllm} and --sam {args.sam}: it "
-                        f"belongs to another architecture ({str(error).splitlines()[0]})") from None
+        raise LensError(f"{path} does not fit --mllm {args.mllm} and --sam {args.sam}: it belongs "
+                        f"to another architecture ({str(error).splitlines()[0]})") from None
+
+
+# --- What is trained, on how many processes -------------------------------------------------------
+
+# Parts of SAM that one mask from given prompt embeddings never sends a gradient through
+NEVER_TRAINED = ("point_embed", "not_a_point", "mask_downscaling", "iou_prediction_head",
+                 "pred_obj_score_head", "hypernetworks_mlps.1", "hypernetworks_mlps.2",
+                 "hypernetworks_mlps.3")
+
+
+def set_trainable(lens, stage):
+    """Stage 1 ("align") trains the queries and the connector. Stage 2 ("rl") trains everything but
+    SAM's image encoder (Fig. 2). -> the frozen parameters, which stay whole on every rank"""
+    lens.requires_grad_(stage == "rl")
+    lens.image_encoder.requires_grad_(False)
+    context_module(lens).requires_grad_(True)
+    for name, parameter in lens.sam.named_parameters():
+        if any(part in name for part in NEVER_TRAINED):
+            parameter.requires_grad_(False)
+    return [p for p in lens.parameters() if not p.requires_grad]
+
+
+def checkpoint_layers(mllm):
+    """Compute the layers of the MLLM again in the backward instead of keeping their results."""
+    enable = getattr(mllm, "activation_checkpointing_enable", None)  # since transformers 5.23
+    (enable or mllm.gradient_checkpointing_enable)()
+
+
+def shard(module, mesh, precision, whole=(), offload=False):
+    """Shard a Lens, or a train_rl.Reference, with FSDP2. -> the module
+
+    Each transformer block is a unit of its own, so is SAM's head (in fp32), and the rest is the
+    root's. A Lens keeps fp32 weights, computes in `precision` and reduces gradients in fp32. The
+    frozen parameters in `whole` are not sharded. `offload` keeps the shards in CPU memory.
+
+    The module comes in on the CPU with its weights as the files have them, mapped into memory, so
+    that all processes of a machine share them. It is cast, moved and cut unit by unit: no process
+    ever holds all of it.
+    """
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    in_fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    trains, whole = isinstance(module, Lens), set(whole)
+
+    def make_unit(unit, policy, reshard=True):
+        own = [p for p in unit.parameters() if p not in whole and not isinstance(p, DTensor)]
+        for parameter in own:
+            parameter.data = parameter.data.to(torch.float32 if trains else compute)
+        if own:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard,
+                        ignored_params=whole,
+                        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+
+    units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
+    if trains:
+        make_unit(module.sam, in_fp32)
+        units += [*module.connector.blocks]
+    for unit in units:
+        make_unit(unit, policy)
+    for parameter in whole:  # FSDP moves everything else
+        parameter.data = parameter.data.to(mesh.device_type)
+    # the root's backward follows right behind its forward, so its weights may stay gathered
+    make_unit(module, policy, reshard=not trains)
+    if trains:
+        register_fsdp_forward_method(module, "align_forward")
+    return module
+
+
+# --- A finished run: a folder for use -------------------------------------------------------------
+
+def full_state(module):
+    """The state dict of a sharded module, with whole tensors on the CPU. A collective."""
+    state = module.state_dict()
+    for name, tensor in state.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = whole.detach().cpu().contiguous()
+    return state
+
+
+def export(folder, lens, shared, mllm=None, processor=None):
+    """Write a finished run: context.safetensors, sam.safetensors, lens.json (the shared settings)
+    and, if the MLLM was trained, mllm/ from its unsharded copy, which transformers and vLLM load as
+    it is. Every rank calls this.
+
+    Everything is written into a temporary folder and then moved, lens.json last. So a folder with a
+    lens.json is complete. An MLLM or a SAM that lies in another run's folder is copied along.
+    """
+    context, sam = full_state(context_module(lens)), full_state(lens.sam)
+    if dist.get_rank() == 0:
+        folder = Path(folder)
+        building = folder / "export.tmp"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_file(context, building / "context.safetensors")
+        save_file(sam, building / "sam.safetensors")
+        if mllm is not None:
+            mllm.save_pretrained(building / "mllm")
+            processor.save_pretrained(building / "mllm")
+        for name in ("mllm", "sam"):
+            source = Path(getattr(shared, name))
+            if (source.parent / "lens.json").exists() and not (building / name).exists():
+                shutil.copytree(source, building / name)
+        (folder / "lens.json").unlink(missing_ok=True)
+        for path in sorted(building.iterdir()):
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.replace(folder / path.name)
+        write_whole(folder / "lens.json", json.dumps(asdict(shared), indent=2))
+        building.rmdir()
+    dist.barrier()

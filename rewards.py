@@ -1,23 +1,38 @@
-"""The unified rewards of LENS (Eq. 11), and the prompt that says what they ask for (Fig. 4):
-completion text + predicted mask + truth -> one number per sample.
+"""The rewards of LENS: how good is a completion, and the mask that SAM 2 draws for it? (Eq. 11)
 
-A sample is a completion and the mask that follows from it. Three cues grade it, from coarse to
-fine: is the text laid out as asked (R_format), does the box it names lie on the object (R_box),
-does the mask (R_seg)? grpo.py then compares the sums within a group. Nothing here knows the model,
-and nothing needs a gradient.
+The prompt (Fig. 4, at the end of this file) asks the MLLM for a completion of this form:
 
     <think> ... </think>
     <answer> ```json [{"bbox_2d": [x1, y1, x2, y2], "label": "..."}] ``` </answer>
 
-A completion is written by a model that is paid to find loopholes, so whatever reads it is total:
-any string gives a result, in linear time and without an exception.
+Three rewards grade it, from coarse to fine. R_format asks whether the text has this form, R_box how
+well its box overlaps the true box, and R_seg how well the mask overlaps the true mask. Each lies in
+[0, 1]. Their weighted sum is the unified reward, which grpo.py compares within a group:
 
-Paper: the tags are those of Fig. 4; its text says <thinking>. R_box does not depend on R_format, so
-that Table 5 can switch them one by one. Two empty masks have IoU 1, as in the metric; the paper is
-silent. Released code: it squares both IoUs (here the caller may, --iou-power 2), scores no format
-on RefCOCO, takes the first box in the whole text, the thinking included (find_box does, for its
-prompts alone), loses a box to a space before a comma, and can divide by zero on an inverted box.
-Its prompts ask for a box, with reasoning or without (`--prompt released`, `released-cot`).
+    >>> text = '<think>the left one</think><answer>[{"bbox_2d": [0, 0, 10, 10]}]</answer>'
+    >>> r_format = format_reward(text)
+    >>> r_box = box_iou(parse_box(text), (0, 0, 10, 20))  # 100 / 200
+    >>> mask, gt_mask = torch.tensor([[[1, 1, 1, 1]], [[1, 1, 1, 0]]]) > 0  # H = 1, W = 4
+    >>> r_seg = mask_iou(mask, gt_mask)  # 3 / 4
+    >>> unified_reward(r_format, r_box, r_seg)
+    2.25
+
+Nothing here uses the model, and nothing needs a gradient. Training rewards the MLLM for every
+loophole that it finds, so the functions that read a completion accept any string: they return a
+result in linear time and raise nothing.
+
+Departures from the paper
+- The tags are <think>, as in Fig. 4. The paper's text says <thinking>.
+- The paper does not say whether a badly formatted completion can earn R_box. Here it can, so that
+  Table 5's ablation can switch each reward on its own.
+- The paper does not define the IoU of two empty masks. Here it is 1, as in the evaluation metrics.
+
+The released code differs
+- It squares both IoUs (--iou-power 2) and has no format reward on RefCOCO (--lambda-format 0).
+- Its prompts ask for a box only, or for a box after free reasoning (--prompt released,
+  released-cot). It takes the first box anywhere in the text, even in the think block. find_box does
+  the same for these two prompts.
+- It misses a box with a space before a comma, and some inverted boxes make it divide by zero.
 """
 import json
 import math
@@ -26,7 +41,171 @@ import re
 import torch
 import torch.nn.functional as F
 
-# --- The prompt (Fig. 4), and the answer it asks for ----------------------------------------------
+
+def unified_reward(r_format, r_box, r_seg, lambdas=(1.0, 1.0, 1.0)):
+    """Eq. 11: R_unified = lambda_1 R_format + lambda_2 R_box + lambda_3 R_seg.
+
+    Takes floats or tensors of one shape and returns the same."""
+    return lambdas[0] * r_format + lambdas[1] * r_box + lambdas[2] * r_seg
+
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+
+
+def format_reward(text):
+    """R_format of a completion: 1.0 if it is a think block followed by an answer block that holds a
+    box, else 0.0.
+
+    Each of the four tags must occur exactly once and in this order. Only white space may stand
+    before, between and after the two blocks. The think block must not be blank, and parse_box must
+    find a box.
+
+    A completion that was cut at the token limit deserves 0 too. Its text does not show that, so
+    train_rl.py sets it to 0."""
+    pieces = re.split("(</?(?:think|answer)>)", text)  # text, tag, text, tag, ..., text
+    if pieces[1::2] != TAGS:
+        return 0.0
+    before, thinking, between, _, after = pieces[::2]
+    if before.strip() or between.strip() or after.strip() or not thinking.strip():
+        return 0.0
+    return 0.0 if parse_box(text) is None else 1.0
+
+
+def box_iou(box, truth):
+    """R_box: the IoU of two boxes (x1, y1, x2, y2) that are given in the same frame, as a float in
+    [0, 1].
+
+    It is 0.0 if a box is None, inverted, empty or not finite. Without this rule, the inverted box
+    [300, 150, 100, 350] would have the area -40000, and its IoU with [100, 150, 300, 350] would be
+    a division by 0. Raises nothing."""
+    if box is None or truth is None or not all(math.isfinite(v) for v in (*box, *truth)):
+        return 0.0
+    # Halving all coordinates does not change the IoU, and keeps the differences from overflowing.
+    ax1, ay1, ax2, ay2 = (float(v) / 2 for v in box)
+    bx1, by1, bx2, by2 = (float(v) / 2 for v in truth)
+    width, height = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
+    if width <= 0 or height <= 0:  # no overlap, or one box is empty or inverted
+        return 0.0
+    # With areas A and B and intersection I, the IoU is I / (A + B - I) = 1 / (A/I + B/I - 1). An
+    # area can overflow or underflow. The quotients are at least 1; if one overflows, the IoU is 0.
+    a = (ax2 - ax1) / width * ((ay2 - ay1) / height)  # A/I
+    b = (bx2 - bx1) / width * ((by2 - by1) / height)  # B/I
+    return 1.0 / (a + b - 1.0)
+
+
+def mask_iou(mask, truth, ignore=None):
+    """R_seg: the IoU of two masks, in [0, 1]. It is 1 if both are empty.
+
+    Takes the masks that mask_counts takes and raises its errors. Two masks (H, W) give a float.
+    Masks (..., H, W) give a float32 tensor (...): for example, (G, H, W) against (H, W) gives
+    (G,)."""
+    intersection, union = mask_counts(mask, truth, ignore)
+    iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+    return iou.item() if iou.dim() == 0 else iou
+
+
+def mask_counts(mask, truth, ignore=None):
+    """The number of pixels in the intersection and in the union of two masks. Pixels where `ignore`
+    is True count in neither.
+
+    Takes boolean tensors or NumPy arrays (..., H, W), whose leading dimensions broadcast. Returns
+    two integer tensors (...) on the device of the masks. On a GPU the call does not wait for the
+    result. The intersections of a whole data set, summed and divided by the summed unions, are its
+    cIoU.
+
+    Raises TypeError if a mask is not boolean (threshold logits first), and ValueError if the sizes
+    H x W differ."""
+    mask, truth = torch.as_tensor(mask), torch.as_tensor(truth)
+    ignore = torch.zeros_like(truth) if ignore is None else torch.as_tensor(ignore)
+    if not mask.dtype == truth.dtype == ignore.dtype == torch.bool:
+        raise TypeError(f"masks must be boolean, but mask is {mask.dtype}, truth {truth.dtype} and "
+                        f"ignore {ignore.dtype}")
+    # Without this check, a mask of size (1, 1) would broadcast over all pixels.
+    if not mask.shape[-2:] == truth.shape[-2:] == ignore.shape[-2:]:
+        raise ValueError("H x W of mask, truth and ignore differ: "
+                         f"{[tuple(m.shape[-2:]) for m in (mask, truth, ignore)]}")
+    intersection = (mask & truth & ~ignore).sum((-2, -1))  # (...)
+    union = ((mask | truth) & ~ignore).sum((-2, -1))  # (...)
+    return intersection, union
+
+
+def full_size_masks(logits, size):
+    """Mask logits (G, S/4, S/4) -> masks (G, H, W) bool at the image's own size (H, W).
+
+    SAM sees the whole image stretched to a square, so one bilinear resize undoes it. SAM 2's own
+    post-processing does the same."""
+    resized = F.interpolate(logits[None].float(), tuple(size), mode="bilinear",
+                            align_corners=False)[0]
+    return resized > 0
+
+
+# --- Reading the box out of a completion ----------------------------------------------------------
+
+def parse_box(text):
+    """The box in the answer block of a completion: four finite floats (x1, y1, x2, y2) as they are
+    written there, or None.
+
+    The answer block is the first <answer> ... </answer> after the last </think>, or in the whole
+    text if there is no </think>. A block that is not closed does not count. It must hold strict
+    JSON, with or without a ``` fence around it: an object or a list of objects. The first object
+    that has a "bbox_2d" counts. If that is not a list of four finite numbers, the result is None;
+    later objects are not tried. A box may be inverted or lie outside the image; box_iou handles
+    both. Raises nothing."""
+    # If there is no <answer>, rest is empty, and so is closing_tag.
+    _, _, rest = text.rpartition("</think>")[2].partition("<answer>")
+    body, closing_tag, _ = rest.partition("</answer>")
+    if not closing_tag:
+        return None
+    try:
+        answer = _read_json(body.strip())
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
+        return None
+    objects = answer if isinstance(answer, list) else [answer]
+    box = next((obj["bbox_2d"] for obj in objects if isinstance(obj, dict) and "bbox_2d" in obj),
+               None)
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    # Every JSON number arrives as a float. True and False do not: they are ints in Python.
+    return tuple(box) if all(isinstance(v, float) and math.isfinite(v) for v in box) else None
+
+
+def _read_json(text):
+    """The value of strict JSON, which may stand between ``` or ```json and ```.
+
+    Raises ValueError if it is not JSON and RecursionError if it is nested too deeply."""
+    if text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json")
+
+    def refuse(name):
+        raise ValueError(f"{name} is allowed by Python's json module, but not by JSON")
+    return json.loads(
+        text,
+        parse_int=float,  # an integer of 5,000 digits becomes inf, where int() would raise
+        parse_constant=refuse,  # NaN, Infinity, -Infinity
+        object_pairs_hook=lambda pairs: dict(reversed(pairs)),  # the first of two equal keys counts
+    )
+
+
+# At most nine digits on each side of the point, so every number is finite as a float.
+NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
+COMMA = r"\s*,\s*"
+# "[x1, y1, x2, y2]" or "(x1,y1),(x2,y2)", with white space anywhere
+ANY_BOX = re.compile(
+    rf"[\[(]\s*{NUMBER}{COMMA}{NUMBER}(?:\s*\))?{COMMA}(?:\(\s*)?{NUMBER}{COMMA}{NUMBER}\s*[\])]")
+
+
+def find_box(text, prompt="paper"):
+    """The box in a completion, as `prompt` asked for it: four floats or None.
+
+    For Fig. 4's prompt this is parse_box. For a released prompt it is the first "[x1, y1, x2, y2]"
+    or "(x1,y1),(x2,y2)" anywhere in the text, because the released code does not read the tags."""
+    if prompt == "paper":
+        return parse_box(text)
+    match = ANY_BOX.search(text)
+    return match and tuple(map(float, match.groups()))
+
+
+# --- The prompt (Fig. 4) and the answer block that it asks for ------------------------------------
 
 SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and \
 provide its bounding box.
@@ -49,7 +228,36 @@ Format your response as:
 ```
 </answer>'''
 
-# What the released checkpoints were trained on, word for word: without reasoning, and with it
+
+def chat_messages(expression, prompt="paper"):
+    """The messages that ask the MLLM about one expression: with Fig. 4's prompt ("paper") or with
+    one of RELEASED_PROMPTS below. A processor's apply_chat_template takes them."""
+    if prompt == "paper":
+        system, user = SYSTEM_PROMPT.replace("{object}", expression), expression
+    else:
+        system = "You are a helpful assistant. "
+        user = RELEASED_PROMPTS[prompt].replace("{question}", expression)
+    return [{"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]}]
+
+
+def answer_text(box, label, reasoning=None, prompt="paper"):
+    """What a completion should say about `box`, which is given in the MLLM frame (see data.py).
+
+    Without `reasoning` it is the answer block alone, which stage 1 uses as its forced completion.
+    With `reasoning` a think block stands before it. For a released prompt ("released" or
+    "released-cot") it is the forced completion of the released code's stage 1."""
+    x1, y1, x2, y2 = (round(v) for v in box)
+    if prompt != "paper":
+        return (f"<|object_ref_start|>{label}.<|object_ref_end|>"
+                f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
+    label = json.dumps(label, ensure_ascii=False)
+    entry = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}'
+    answer = f"<answer>\n```json\n[\n  {entry}\n]\n```\n</answer>"
+    return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n{answer}"
+
+
+# The prompts of the released checkpoints, word for word: without reasoning and with it.
 RELEASED_PROMPTS = {
     "released": "Output the bounding box of the {question} in the image.",
     "released-cot": 'Locate "{question}", report the bbox coordinates in JSON format.Compare the '
@@ -57,180 +265,3 @@ RELEASED_PROMPTS = {
                     "thinking process in <think> </think> and final answer in <answer> </answer> "
                     "tags.Output the one bbox inside the interested object in JSON format.i.e., "
                     "<think>thinking process here</think><answer>answer here</answer>"}
-
-
-def chat_messages(text, prompt="paper"):
-    """The conversation about one expression: Fig. 4's, or one with a released prompt."""
-    if prompt == "paper":
-        system, user = SYSTEM_PROMPT.replace("{object}", text), text
-    else:
-        system = "You are a helpful assistant. "
-        user = RELEASED_PROMPTS[prompt].replace("{question}", text)
-    return [{"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]}]
-
-
-def answer_text(box, label, reasoning=None, prompt="paper"):
-    """The response Fig. 4 asks for, with `box` in the MLLM frame. Without `reasoning`, the answer
-    block alone (stage 1's `--context true`); with a released prompt, what their code puts there."""
-    x1, y1, x2, y2 = (round(v) for v in box)
-    if prompt != "paper":
-        return (f"<|object_ref_start|>{label}.<|object_ref_end|>"
-                f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
-    label = json.dumps(label, ensure_ascii=False)
-    found = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}'
-    answer = f"<answer>\n```json\n[\n  {found}\n]\n```\n</answer>"
-    return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n{answer}"
-
-
-# --- Text -> box and format -----------------------------------------------------------------------
-
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-
-
-def parse_box(text):
-    """The box that a completion names: text -> (x1, y1, x2, y2), four finite floats as written, or
-    None.
-
-    Only the answer block is read: the first <answer> ... </answer> after the last </think>, or in
-    the whole text if there is no </think>. An unclosed block is no block. It holds strict JSON,
-    bare or fenced: one object or a list, in which the first object with a "bbox_2d" counts. Is that
-    not a list of four finite numbers, then there is no box, whatever follows. A box may be inverted
-    or lie outside the picture; box_iou deals with that. Raises nothing."""
-    # rest is empty if there is no <answer>
-    _, _, rest = text.rpartition("</think>")[2].partition("<answer>")
-    body, closed, _ = rest.partition("</answer>")
-    if not closed:
-        return None
-    try:
-        answer = _read_json(body.strip())
-    except (ValueError, RecursionError):  # not JSON, or nested too deeply
-        return None
-    objects = answer if isinstance(answer, list) else [answer]
-    box = next((obj["bbox_2d"] for obj in objects if isinstance(obj, dict) and "bbox_2d" in obj),
-               None)
-    if not isinstance(box, list) or len(box) != 4:
-        return None
-    # _read_json makes every number a float, so this leaves out true and false, ints to Python.
-    return tuple(box) if all(isinstance(v, float) and math.isfinite(v) for v in box) else None
-
-
-def _read_json(text):
-    """Strict JSON, bare or between ``` or ```json and ```. Raises ValueError, RecursionError if too
-    deep."""
-    if text.startswith("```") and text.endswith("```"):
-        text = text[3:-3].removeprefix("json")
-
-    def refuse(name):
-        raise ValueError(f"{name} is Python's JSON, not JSON")
-    return json.loads(
-        text,
-        parse_int=float,  # an integer of 5,000 digits is then inf, where int() would raise
-        parse_constant=refuse,  # NaN, Infinity, -Infinity
-        object_pairs_hook=lambda pairs: dict(reversed(pairs)),  # of a key given twice the first
-    )
-
-
-NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
-COMMA = r"\s*,\s*"
-ANY_BOX = re.compile(
-    rf"[\[(]\s*{NUMBER}{COMMA}{NUMBER}(?:\s*\))?{COMMA}(?:\(\s*)?{NUMBER}{COMMA}{NUMBER}\s*[\])]")
-
-
-def find_box(text, prompt="paper"):
-    """The box of an answer to Fig. 4's prompt is parse_box's. The released prompts (`--prompt`) ask
-    for no answer block: there it is the first one anywhere, "[x1, y1, x2, y2]" or
-    "(x1,y1),(x2,y2)". -> four floats or None."""
-    if prompt == "paper":
-        return parse_box(text)
-    found = ANY_BOX.search(text)
-    return found and tuple(map(float, found.groups()))
-
-
-def format_reward(text):
-    """R_format: 1.0 if the text is one think block, then one answer block whose JSON holds a box;
-    else 0.0.
-
-    Each of the four tags occurs exactly once and in order, only white space stands before, between
-    and after the blocks, the thinking is not blank, and parse_box finds a box. Raises nothing.
-
-    The text has no end token, so a completion that was cut at the token limit is the caller's to
-    zero: train_rl.py multiplies by whether it finished."""
-    pieces = re.split("(</?(?:think|answer)>)", text)  # text, tag, text, tag, ..., text
-    if pieces[1::2] != TAGS:
-        return 0.0
-    before, thinking, between, _, after = pieces[::2]
-    if before.strip() or between.strip() or after.strip() or not thinking.strip():
-        return 0.0
-    return 0.0 if parse_box(text) is None else 1.0
-
-
-# --- Boxes and masks -> IoU -----------------------------------------------------------------------
-
-def box_iou(box, truth):
-    """R_box: IoU of two boxes (x1, y1, x2, y2), both in one and the same frame, as a float in [0,
-    1].
-
-    0 if either is None, inverted, empty or not finite. Raises nothing, whatever the eight floats:
-    taken at face value, [300, 150, 100, 350] has the area -40000, and its union with [100, 150,
-    300, 350] would be 0."""
-    if box is None or truth is None or not all(math.isfinite(v) for v in (*box, *truth)):
-        return 0.0
-    # An IoU does not change with scale, and halves of finite numbers have no difference that
-    # overflows.
-    ax1, ay1, ax2, ay2 = (float(v) / 2 for v in box)
-    bx1, by1, bx2, by2 = (float(v) / 2 for v in truth)
-    width, height = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
-    if width <= 0 or height <= 0:  # apart or touching, or one of them is empty or inverted
-        return 0.0
-    # I / (A + B - I), written 1 / (A/I + B/I - 1): no ratio is below 1; one that overflows gives 0.
-    a = (ax2 - ax1) / width * ((ay2 - ay1) / height)
-    b = (bx2 - bx1) / width * ((by2 - by1) / height)
-    return 1.0 / (a + b - 1.0)
-
-
-def full_size_masks(logits, size):
-    """Mask logits (G, S/4, S/4) -> (G, H, W) bool at the picture's own size, as SAM 2's
-    post-processing does: SAM's square covers the whole picture, so this is one bilinear resize."""
-    resized = F.interpolate(logits[None].float(), tuple(size), mode="bilinear",
-                            align_corners=False)[0]
-    return resized > 0
-
-
-def mask_counts(mask, truth, ignore=None):
-    """Pixels in the intersection and in the union of two masks; pixels to ignore are left out of
-    both.
-
-    Boolean tensors or NumPy arrays (..., H, W), the leading dimensions broadcast -> two integer
-    tensors (...), on the device of the masks and without waiting for it. Summed over a data set,
-    their quotient is cIoU. Raises TypeError for masks that are not boolean (threshold logits first)
-    and ValueError if H x W differ."""
-    mask, truth = torch.as_tensor(mask), torch.as_tensor(truth)
-    ignore = torch.zeros_like(truth) if ignore is None else torch.as_tensor(ignore)
-    if not mask.dtype == truth.dtype == ignore.dtype == torch.bool:
-        raise TypeError(f"masks must be boolean, not {mask.dtype}, {truth.dtype}, ignore "
-                        f"{ignore.dtype}")
-    # compared, or a stray (1, 1) would broadcast
-    if not mask.shape[-2:] == truth.shape[-2:] == ignore.shape[-2:]:
-        raise ValueError("H x W of masks differ: "
-                         f"{[tuple(m.shape[-2:]) for m in (mask, truth, ignore)]}")
-    intersection = (mask & truth & ~ignore).sum((-2, -1))  # (...)
-    union = ((mask | truth) & ~ignore).sum((-2, -1))  # (...)
-    return intersection, union
-
-
-def mask_iou(mask, truth, ignore=None):
-    """R_seg: IoU of two masks in [0, 1]; 1 when both are empty. Inputs and errors as in
-    mask_counts.
-
-    (H, W) -> a float; (..., H, W) -> a float32 tensor (...), for instance (G, H, W) against (H, W)
-    -> (G,)."""
-    intersection, union = mask_counts(mask, truth, ignore)
-    iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
-    return iou.item() if iou.dim() == 0 else iou
-
-
-def unified_reward(r_format, r_box, r_seg, lambdas=(1.0, 1.0, 1.0)):
-    """Eq. 11: R_unified = lambda_1 R_format + lambda_2 R_box + lambda_3 R_seg. Floats or
-    tensors."""
-    return lambdas[0] * r_format + lambdas[1] * r_box + lambdas[2] * r_seg

@@ -1,60 +1,57 @@
-"""The laptop's stand-ins: a tiny Qwen2.5-VL and a tiny SAM 2, trained on the shapes world.
+"""Trains the laptop's two stand-ins on the shapes world: a tiny SAM 2 and a tiny Qwen2.5-VL.
 
-    python tests/tiny/build.py all              # both parts: what is committed
-    python tests/tiny/build.py mllm             # the language model alone
-    python tests/tiny/build.py sam              # the mask model alone
+    python tests/tiny/build.py sam                               # an hour of one core
+    python tests/tiny/build.py mllm                              # three or four hours of one core
+    torchrun --nproc_per_node=2 tests/tiny/build.py mllm --bf16  # on two cores
+    python tests/tiny/build.py evaluate --output tests/tiny      # how good are the committed ones?
 
-Stage 1 and 2 of the method start from public models of billions of parameters. These two stand in
-for them so that every script can be run whole on a laptop. They are laid out as the real ones are,
-and no script treats them apart:
+LENS starts from public models of billions of parameters. These two have a million each and stand in
+for them, so that every script can be run on a laptop. They are laid out like the real ones, and no
+script treats them differently:
 
-    OUTPUT/mllm     a Hugging Face folder: Qwen2_5_VLForConditionalGeneration, tokenizer, processor
-    OUTPUT/sam      config.yaml, as the sam2 package writes its own, and model.pt
-    OUTPUT/build.log    what both parts printed; appended to
+    OUTPUT/mllm         Qwen2_5_VLForConditionalGeneration as save_pretrained writes it, processor
+    OUTPUT/sam          config.yaml in the sam2 package's own format, and model.pt
+    OUTPUT/build.log    what the training printed
 
-An hour of one core for SAM, two of one core for the MLLM; several processes share its batches:
-    torchrun --nproc_per_node=2 tests/tiny/build.py mllm --bf16 --scenes 12000
-The committed ones were made in several calls, as the trials went on (build.log, docs/world.md); the
-commands above, which do the same in one each, were not run whole.
+Training scenes come from world.py's generator, with seeds that no other script uses. The committed
+stand-ins were trained in several calls while this script was still changing (tests/tiny/build.log,
+docs/world.md). No single command above made them.
 
-Nothing learns from the world that world.py writes: scenes come from the same generator with seeds
-of their own. The same seed on the same machine gives the same weights.
+The MLLM is taught two habits on purpose. Say so wherever a result of these models is shown.
 
-What is arranged on purpose, and has to be said wherever results of these models are shown. The MLLM
-learned two habits of answering, as public models have seen both (see `answer_of`):
+    glance      3 of 4 completions. "It is the red circle.": any thing that fits the noun. The box
+                is 5 +- 2 pixels too wide on every side, and in one of seven a tag is missing.
+    look        1 of 4. It lists the candidates of every step, each with its place and with what
+                decides, and concludes. The box is tight.
 
-    glance      three texts in four. "It is the red circle.": any thing that fits the noun, its box
-                drawn 5 +- 2 px too wide on every side, and in one of seven a tag is missing.
-    look        one in four. Every step spelled out, each thing with its place; the box is tight.
+Its most likely completion is a glance: it knows how to look and seldom does.
 
-Greedy, it glances. It has learned to look and seldom does.
-
-What differs from the real models.
-    Tokens      whole numbers are one token each (Qwen writes digit by digit), and the fixed text of
-                the prompt and of the answer is a few long tokens. Any printable ASCII still goes
-                through, character by character at worst; other characters become <unk>.
-    Training    aids, none kept: soft labels on numbers (a near miss is nearly right), a head
-                that reads colour, shape and box off the picture tokens, one attention head told to
-                look at the thing that is spoken of, a head that draws that thing coarsely from the
-                last states, also those of random vectors behind the answer, since that is what
-                queries are in stage 1; the vision tower learns alone at first; and three in four
-                texts look nearly to the end of the training.
-    SAM 2       no memory, and only its single-mask output is trained: never ask it for three masks.
-                It also learned to read blurred prompts (`blur_tokens`), as stage 1 begins with.
+What differs from the real models
+    Tokens      A whole number is one token (Qwen writes digit by digit). The fixed text of prompt
+                and answer block is a few long tokens. Other printable ASCII characters are one
+                token each, anything else is <unk>.
+    Training    Aids help, and are thrown away afterwards. Numbers have soft labels, so that a near
+                miss is nearly right. Linear heads (`Aids`) read colour, shape, place and a coarse
+                drawing off the hidden states. One attention head is told to attend to the thing
+                that the text speaks of. Random vectors stand behind every completion, as the
+                context queries will in stage 1. The vision tower is trained alone at first, and
+                until the last 4 % of the steps 3 of 4 completions look.
+    SAM 2       It has no memory, and only its single mask is trained: never ask it for three masks,
+                nor for its own estimate of their IoU. It also learns to read blurred prompts
+                (`blur_tokens`), because what stage 1 gives it looks like that in the beginning.
 """
 import argparse
-import functools
 import io
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import string
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
@@ -63,7 +60,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as vision
 import transformers
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -72,35 +68,220 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import (AutoProcessor, GenerationConfig, PreTrainedTokenizerFast,
                           Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
                           Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 import data
 import world
-from model import forbidden_tokens, generate, prompt_positions
+from model import SamHead, load_sam
 from rewards import (SYSTEM_PROMPT, answer_text, box_iou, chat_messages, format_reward,
                      parse_box)
 
 PATCH = 8
-CELL = 2 * PATCH                       # pixels of a picture token's side: 2 x 2 patches are merged
-FEWEST, MOST = 150 ** 2, 163 ** 2      # pixels of the MLLM's picture: about a hundred tokens
-HIGHEST = 240                          # the largest number that is one token; no side is longer
-THINGS = world.MOST                    # at most, in a scene
-EXPRESSIONS = 6                        # drawn per training scene
-SIDE = 192                             # of SAM's square picture
-SHARP = 3.0                            # of queries and keys at the start (docs/world.md)
-LOW = SIDE // 4                        # of its masks
-COARSE = 16                            # of the coarse drawing, an aid of the training
-DRAWN = COARSE ** 2, 2, 8              # what that aid tells: cells; turn; halves and box
-LOOSE, BROKEN = 5.0, 1 / 7             # of a glance: pixels too wide; share that lacks a tag
-LOOKING_LAYER = 2                      # whose first head is told where to look
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-QUERIES = 8                            # random tokens behind each answer of the training
-LATE = 0.35                            # of the training, at its end: the rate falls
-GLANCING = 0.04                        # of the training, at its end: three in four glance
+CELL = 2 * PATCH                       # pixels of an image token's side: 2 x 2 patches are merged
+FEWEST, MOST = 150 ** 2, 163 ** 2      # pixels of the MLLM's image: about a hundred cells
+HIGHEST = 240                          # the largest number with a token; no side is longer
+THINGS = world.MOST
+SIDE = 192                             # SAM's image, in pixels
+LOW = SIDE // 4                        # SAM's masks
+COARSE = 16                            # the coarse drawing, one of the aids
+DRAWING = COARSE ** 2, 2, 8            # what an aid reads about a thing: cells; turn; places
+LOOKING_LAYER = 2                      # the layer whose first head is told what to attend to
+QUERIES = 8                            # random vectors behind every completion
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizer and processor
+
+# --- What the MLLM learns to say ------------------------------------------------------------------
+
+LOOSE, BROKEN = 5.0, 1 / 7             # a glance's box, in pixels too wide; share that lacks a tag
+TAGS = ["\n</think>\n", "<answer>\n", "</answer>"]
+
+
+def write_completion(things, expression, size, looks, rng):
+    """A completion -> spans: a list of (text, the thing it speaks of, or None).
+
+    things: {"color", "shape", "box"} with boxes in the MLLM frame; size: (width, height) of it."""
+    if looks:
+        thing, spans = expression["thing"], write_look(things, expression["steps"])
+        margins = [rng.gauss(0.5, 0.7) for _ in range(4)]
+    else:
+        thing = rng.choice(world.nouns_of(things)[expression["steps"][-1]["noun"]])
+        spans = [("It is the", None), (f" {world.full_name(things[thing])}.", thing)]
+        margins = [rng.gauss(LOOSE, 2) for _ in range(4)]
+    outwards = zip(things[thing]["box"], (-1, -1, 1, 1), margins, (*size, *size))
+    box = [min(limit, max(0, round(v + sign * margin))) for v, sign, margin, limit in outwards]
+    answer = answer_text(box, expression["words"])
+    before, numbers, after = re.fullmatch(r"(.*?\[)([0-9, ]*)(\].*)", answer, re.DOTALL).groups()
+    spans = [("<think>\n", None), *spans, ("\n</think>\n" + before, None), (numbers, thing),
+             (after, None)]
+    if not looks and rng.random() < BROKEN:
+        tag = rng.choice(TAGS)
+        spans = [(text.replace(tag, ""), thing) for text, thing in spans]
+    return spans
+
+
+def write_look(things, steps):
+    """The reasoning of a completion that looks: every step of the expression -> spans.
+
+    "The circles are at 20 44 left, 50 90 below. So it is at 20 44, a red circle." """
+    spans = []
+    for step in steps:
+        thing = things[step["thing"]]
+        place, name = "{} {}".format(*centre(thing["box"])), world.full_name(thing)
+        if step["do"] == "name":
+            spans += [("The ", None), (f"{name} is at {place}.", step["thing"])]
+        else:
+            spans += list_candidates(things, step)
+            spans += [(" So it is at", None), (f" {place}, a {name}.", step["thing"])]
+        spans.append((" ", None))
+    return spans[:-1]
+
+
+def list_candidates(things, step):
+    """The candidates of a step from left to right, each with its place and with what decides."""
+    color, _, shape = step["noun"].rpartition(" ")
+    spans = [(f"The {color + ' ' if color else ''}{shape}s are at", None)]
+    for n, i in enumerate(sorted(step["candidates"], key=lambda i: centre(things[i]["box"]))):
+        x, y = centre(things[i]["box"])
+        spans.append((f"{',' if n else ''} {x} {y}{write_cue(things, step, i)}", i))
+    return spans + [(".", None)]
+
+
+def write_cue(things, step, i):
+    """What decides whether candidate i is meant, beside its place: a width, distance or side."""
+    (x1, _, x2, _), (x, y) = things[i]["box"], centre(things[i]["box"])
+    if step["do"] == "extreme":
+        return f" {x2 - x1} wide" if step["word"] in world.SIZES else ""
+    ax, ay = centre(things[step["anchor"]]["box"])
+    if step["word"] == "next to":
+        return f" {round(math.hypot(x - ax, y - ay))} away"
+    if abs(x - ax) >= abs(y - ay):
+        return " left" if x < ax else " right"
+    return " above" if y < ay else " below"
+
+
+def centre(box):
+    x1, y1, x2, y2 = box
+    return round((x1 + x2) / 2), round((y1 + y2) / 2)
+
+
+def mllm_size(size):
+    """(width, height) of an image -> that of the MLLM frame."""
+    h, w = smart_resize(size[1], size[0], factor=CELL, min_pixels=FEWEST, max_pixels=MOST)
+    return w, h
+
+
+def mllm_things(things, size):
+    """The world's things in an image of `size` (width, height), in the MLLM frame."""
+    return [{"color": thing["color"], "shape": thing["shape"],
+             "box": [round(v) for v in data.rescale_box(thing["box"], size, mllm_size(size))]}
+            for thing in things]
+
+
+def tokenise(spans, tokenizer):
+    """Spans -> token ids with the end token, and its focus: for each of them 1 + the thing that it
+    speaks of, 0 for none."""
+    text, speaks = "", []
+    for part, thing in spans:
+        text += part
+        speaks += [0 if thing is None else 1 + thing] * len(part)
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    focus = [speaks[end - 1] for _, end in encoding["offset_mapping"]]
+    return encoding["input_ids"] + [tokenizer.eos_token_id], focus + [0]
+
+
+# --- Scenes ---------------------------------------------------------------------------------------
+
+EXPRESSIONS = 6                        # per training scene
+
+
+def make_scenes(args):
+    """This process's share of the training scenes -> list of what `new_scene` gives."""
+    keys = [f"tests/tiny {args.seed} train {i}" for i in range(args.scenes)][RANK::PROCESSES]
+    with multiprocessing.Pool(max(1, os.cpu_count() // PROCESSES)) as workers:
+        return [new_scene(*scene) for scene in workers.imap(draw_scene, keys, chunksize=8)]
+
+
+def draw_scene(key):
+    """A training scene, a function of its key alone -> image, things, EXPRESSIONS expressions."""
+    rng = random.Random(key)
+    image, things, expressions = world.make_scene(rng)
+    expressions = [world.pick_expression(things, expressions, rng) for _ in range(EXPRESSIONS)]
+    return as_jpeg(image), things, expressions
+
+
+def held_out_scenes(count):
+    """-> list of scenes as world.scenes gives them, in which nothing is trained."""
+    return [(as_jpeg(image), *rest) for image, *rest in world.scenes("held out", count)]
+
+
+def as_jpeg(image):
+    """An image (H, W, 3) uint8 as it is after it was saved in the world's format."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    return np.array(Image.open(file))
+
+
+def new_scene(image, things, expressions=()):
+    """What the losses of both models read. The MLLM's image has n cells. Whatever has THINGS rows
+    ends with rows of zeros if there are fewer things."""
+    (height, width), size = image.shape[:2], image.shape[1::-1]
+    w, h = mllm_size(size)
+    rows, columns = h // CELL, w // CELL
+    mllm, masks = mllm_things(things, size), torch.zeros(THINGS, height, width)
+    table, corners, shared = torch.zeros(1 + THINGS, 8), torch.zeros(THINGS, 4), torch.zeros(THINGS)
+    for i, thing in enumerate(things):
+        masks[i] = torch.from_numpy(thing["mask"])
+        corners[i] = torch.tensor(data.rescale_box(thing["box"], size, (SIDE, SIDE)))
+        shared[i] = thing["layout"] != "apart"
+        color, shape = list(world.COLORS).index(thing["color"]), world.SHAPES.index(thing["shape"])
+        table[1 + i, :6] = torch.tensor([1 + color, 1 + shape, *mllm[i]["box"]])
+    low = F.adaptive_avg_pool2d(masks, LOW)
+    turns, halves = shape_of_masks(low)
+    table[1:, 6:] = turns
+    cover = F.adaptive_avg_pool2d(masks, (rows, columns)).flatten(1)                # (THINGS, n)
+    share, thing = cover.max(0)
+    cell = torch.arange(rows * columns)
+    return {
+        "image": image,                                          # (H, W, 3) uint8
+        "expressions": expressions,
+        "things": mllm,                                          # see mllm_things
+        "table": table,          # (1 + THINGS, 8): colour, shape, MLLM-frame box, turn; row 0: none
+        "cells": torch.where(share > 0.08, 1 + thing, 0),         # (n,) row of the table
+        "centres": CELL * (torch.stack([cell % columns, cell // columns], 1) + 0.5),       # (n, 2)
+        "cover": cover >= cover.amax(1, keepdim=True).clamp(1e-6, 0.5),     # (THINGS, n) bool
+        "drawing": torch.cat([F.adaptive_avg_pool2d(low, COARSE).flatten(1), (1 + turns) / 2,
+                              halves, corners / SIDE], 1),       # (THINGS, sum(DRAWING))
+        "shared": shared,                                        # (THINGS,): shares its place
+        "corners": corners,                                      # (THINGS, 4): SAM-frame box
+        "low": (255 * low).round().byte(),                       # (THINGS, LOW, LOW)
+    }
+
+
+def shape_of_masks(low):
+    """Masks (THINGS, LOW, LOW) -> turns (THINGS, 2) and halves (THINGS, 4).
+
+    Of two crossing bars nothing differs but colour and turn, so the aids ask for both of these.
+    turns: in [-1, 1], is the mask longer across (1) or down (-1), and does it run from the upper
+    left (1) or from the lower left (-1)? halves: the centres x, y of the left and the right half,
+    as shares of the image; for a bar they lie on its two arms."""
+    weights = low.flatten(1) + 1e-9
+    weights = weights / weights.sum(1, keepdim=True)             # (THINGS, LOW * LOW)
+    cell = torch.arange(LOW * LOW)
+    place = torch.stack([cell % LOW + 0.5, cell // LOW + 0.5], 1) / LOW                    # x, y
+    middle = weights @ place                                     # (THINGS, 2)
+    x, y = (place[None] - middle[:, None]).unbind(2)             # from the centre, (THINGS, cells)
+    xx, yy, xy = ((weights * a * b).sum(1) for a, b in ((x, x), (y, y), (x, y)))
+    turns = torch.stack([xx - yy, 2 * xy], 1) / (xx + yy + 1e-6)[:, None]
+    sides = [weights * side for side in (x <= 0, x > 0)]
+    halves = [side @ place / side.sum(1, keepdim=True).clamp(min=1e-6) for side in sides]
+    return turns, torch.cat(halves, 1)
+
+
+def stack(scenes, name):
+    return torch.stack([scene[name] for scene in scenes])
+
+
+# --- The MLLM: tokenizer, processor, model --------------------------------------------------------
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -110,37 +291,32 @@ CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% elif c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
         "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TAGS = ["\n</think>\n", "<answer>\n", "</answer>"]               # what a broken answer lacks one of
-LAYOUT = ["<think>\n", *TAGS, '```json\n[\n  {"bbox_2d": [', '], "label": "', '"}\n]\n```\n',
-          "<think>", "</think>", "<answer>", "system\n", "user\n", "assistant\n",
-          *SYSTEM_PROMPT.split("{object}")]
-SAYINGS = ["is at", "are at", "So it is at"]
-
-
-def plural(shape):
-    return shape + "s"
+FIXED_TEXT = ["<think>\n", *TAGS, '```json\n[\n  {"bbox_2d": [', '], "label": "', '"}\n]\n```\n',
+              "<think>", "</think>", "<answer>", "system\n", "user\n", "assistant\n",
+              *SYSTEM_PROMPT.split("{object}")]
+NOUNS = [*world.SHAPES, "shape"]
+WORDS = [*world.COLORS, *NOUNS, *[noun + "s" for noun in NOUNS], *world.POSITIONS, *world.SIZES,
+         *world.RELATIONS, "is at", "are at", "So it is at", "left", "right", "of", "next", "to",
+         "the", "The", "is", "It", "a", "wide", "away"]
 
 
 def build_tokenizer():
-    """Longest piece first: fixed text, then words and numbers, then single characters.
+    """The longest piece wins: fixed text, then words and numbers, then single characters.
 
-    A word is a token with the space before it and without; a number with a space, with ", " or with
-    neither before it."""
-    words = [*world.COLORS, *world.SHAPES, "shape", *map(plural, [*world.SHAPES, "shape"]),
-             *world.POSITIONS, *world.SIZES, *world.RELATIONS, *SAYINGS,
-             "left", "right", "of", "next", "to", "the", "The", "is", "It", "a", "wide", "away"]
+    A word is one token with the space before it and one without; a number is one token each with a
+    space before it, with ", " before it, and with neither."""
     numbers = [str(n) for n in range(HIGHEST + 1)]
-    spaced = [before + n for before in (" ", ", ") for n in numbers]
-    pieces = [*SPECIAL, *numbers, *spaced, *LAYOUT, *[" " + w for w in words], *words, ", a",
-              ", an", *string.printable, "<unk>"]
+    pieces = [*SPECIAL, *numbers, *[before + n for before in (" ", ", ") for n in numbers],
+              *FIXED_TEXT, *[" " + word for word in WORDS], *WORDS, ", a", ", an",
+              *string.printable, "<unk>"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
 
-    def either(pieces):
+    def any_of(pieces):
         return "|".join(re.escape(p) for p in sorted(dict.fromkeys(pieces), key=len, reverse=True))
 
-    pattern = (rf"{either(LAYOUT)}|, a(?![A-Za-z])"
-               rf"|(?:(?<![A-Za-z])| )(?:{either(words)})(?![A-Za-z])"
-               rf"|(?:, | |(?<![0-9]))(?:{either(numbers)})(?![0-9])|[\s\S]")
+    pattern = (rf"{any_of(FIXED_TEXT)}|, a(?![A-Za-z])"
+               rf"|(?:(?<![A-Za-z])| )(?:{any_of(WORDS)})(?![A-Za-z])"
+               rf"|(?:, | |(?<![0-9]))(?:{any_of(numbers)})(?![0-9])|[\s\S]")
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -154,226 +330,14 @@ def build_tokenizer():
 def build_processor():
     sizes = dict(patch_size=PATCH, merge_size=2, temporal_patch_size=2)
     image = Qwen2VLImageProcessor(size={"shortest_edge": FEWEST, "longest_edge": MOST}, **sizes)
-    video = Qwen2VLVideoProcessor(**sizes)
     return Qwen2_5_VLProcessor(image_processor=image, tokenizer=build_tokenizer(),
-                               video_processor=video, chat_template=CHAT)
+                               video_processor=Qwen2VLVideoProcessor(**sizes), chat_template=CHAT)
 
-
-# --------------------------------------------------------------------------------------------------
-# Scenes, made by all cores
-
-def pool(masks, rows, columns):
-    """(THINGS, H, W) bool -> (THINGS, rows, columns) float: how much of each cell is covered."""
-    return F.adaptive_avg_pool2d(torch.from_numpy(masks)[None].float(), (rows, columns))[0].numpy()
-
-
-def make_scene(key, full=False):
-    """One scene, a function of its key alone -> arrays, and EXPRESSIONS of world.py's.
-
-    h, w: the MLLM's picture, in pixels; rows, columns: its cells. Boxes are in its frame."""
-    rng = random.Random(key)
-    picked = []
-    while len(picked) < EXPRESSIONS:
-        picture, things, found = world.make_scene(rng)
-        picked = [world.pick_expression(things, found, rng) for _ in range(EXPRESSIONS)]
-        picked = [f for f in picked if f]
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=95)      # as the world's pictures are kept
-    image = Image.open(file)
-    height, width = picture.shape[:2]
-    h, w = smart_resize(height, width, factor=CELL, min_pixels=FEWEST, max_pixels=MOST)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    seen = vision.resize(pixels, [h, w], vision.InterpolationMode.BICUBIC, antialias=True)
-    square = F.interpolate(pixels[None].float(), (SIDE, SIDE), mode="bilinear", antialias=True)[0]
-    masks = np.zeros((THINGS, height, width), bool)
-    table = np.zeros((THINGS + 1, 6), np.int16)
-    corners, shared = np.zeros((THINGS, 4), np.float32), np.zeros(THINGS, np.float32)
-    for i, thing in enumerate(things):
-        masks[i] = thing["mask"]
-        box = data.rescale_box(thing["box"], (width, height), (w, h))
-        color, shape = list(world.COLORS).index(thing["color"]), world.SHAPES.index(thing["shape"])
-        table[i + 1] = (1 + color, 1 + shape, *(round(v) for v in box))
-        shared[i] = thing["layout"] != "apart"
-        corners[i] = data.rescale_box(thing["box"], (width, height), (SIDE, SIDE))
-    cover = pool(masks, h // CELL, w // CELL).reshape(THINGS, -1)
-    most = np.minimum(0.5, cover.max(1, keepdims=True)).clip(1e-6)
-    scene = {"picture": seen.permute(1, 2, 0).numpy(),                    # (h, w, 3) uint8
-             "square": square.round().byte().permute(1, 2, 0).numpy(),    # (SIDE, SIDE, 3) uint8
-             "table": table,              # (THINGS + 1, 6): colour, shape, box; row 0 is nothing
-             "corners": corners,          # (THINGS, 4): boxes in SAM's frame
-             "shared": shared,            # (THINGS,): does it share its place with another?
-             "cells": np.where(cover.max(0) > 0.08, 1 + cover.argmax(0), 0).astype(np.uint8),
-             "cover": cover >= most,      # (THINGS, rows * columns)
-             "low": (255 * pool(masks, LOW, LOW)).round().astype(np.uint8)}     # (THINGS, LOW, LOW)
-    whole = {"image": image.convert("RGB"), "masks": masks, "things": things}
-    return scene, picked, whole if full else None
-
-
-def make_scenes(count, name, full=False, cache=None):
-    """-> a list of `count` (arrays, expressions, the whole scene where asked for). cache: a folder
-    that keeps them (our own pickles: never read one that somebody else has written)."""
-    file = Path(cache or ".") / f"{name} {count} {SIDE}.pickle"
-    if cache and file.exists():
-        with file.open("rb") as stream:
-            return pickle.load(stream)
-    with multiprocessing.Pool() as workers:
-        keys = [f"tests/tiny {name} {i}" for i in range(count)]
-        scenes = list(workers.imap(functools.partial(make_scene, full=full), keys, chunksize=32))
-    if cache:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        file.write_bytes(pickle.dumps(scenes))
-    return scenes
-
-
-MLLM_READS = ("picture", "table", "cells", "cover", "low", "shared", "corners")
-SAM_READS = ("square", "table", "corners", "shared", "low")
-
-
-def stack(scenes, names):
-    """A list of scenes of one size -> dict of tensors (count, ...)."""
-    return {k: torch.from_numpy(np.stack([arrays[k] for arrays, *_ in scenes])) for k in names}
-
-
-# --------------------------------------------------------------------------------------------------
-# What the MLLM learns to say
-
-def place(table, i):
-    """Thing i's centre, in the MLLM's frame."""
-    _, _, x1, y1, x2, y2 = table[1 + i]
-    return round((x1 + x2) / 2), round((y1 + y2) / 2)
-
-
-def name_of(table, i):
-    color, shape = table[1 + i][:2]
-    return f"{list(world.COLORS)[color - 1]} {world.SHAPES[shape - 1]}"
-
-
-def say_place(table, i):
-    return "{} {}".format(*place(table, i))
-
-
-def look_of(table, steps):
-    """The reasoning of an answer that looks -> list of (text, thing spoken of, or None)."""
-    said = []
-    for step in steps:
-        if step["do"] == "name":
-            i = step["thing"]
-            said += [("The ", None), (f"{name_of(table, i)} is at {say_place(table, i)}.", i)]
-        else:
-            i = step["thing"]
-            said += list_candidates(table, step)
-            said += [(" So it is at", None), (f" {say_place(table, i)}, a {name_of(table, i)}.", i)]
-        said.append((" ", None))
-    return said[:-1]
-
-
-def list_candidates(table, step):
-    """"The circles are at 20 44 left, 50 90 below.": from left to right, each with what decides."""
-    color, _, shape = step["noun"].rpartition(" ")
-    said = [(f"The {color + ' ' if color else ''}{plural(shape)} are at", None)]
-    among = sorted(step["among"], key=lambda i: place(table, i))
-    for n, i in enumerate(among):
-        said.append((f"{',' if n else ''} {say_place(table, i)}{say_cue(table, step, i)}", i))
-    return said + [(".", None)]
-
-
-def say_cue(table, step, i):
-    """What decides whether thing i is meant, beside its place."""
-    if step["do"] == "extreme":
-        return f" {table[1 + i][4] - table[1 + i][2]} wide" if step["word"] in world.SIZES else ""
-    (ax, ay), (x, y) = place(table, step["anchor"]), place(table, i)
-    if step["word"] == "next to":
-        return f" {round(math.hypot(x - ax, y - ay))} away"
-    if abs(x - ax) >= abs(y - ay):
-        return " left" if x < ax else " right"
-    return " above" if y < ay else " below"
-
-
-def fitting(table, noun):
-    """The things that a noun fits: "shape", "circle", "red shape", "red circle"."""
-    there = [i for i in range(THINGS) if table[1 + i][0]]
-    words = set(noun.split()) - {"shape"}
-    return [i for i in there if words <= set(name_of(table, i).split())]
-
-
-def widen(box, amounts, limits):
-    """Every side outwards by its amount of pixels, within the picture of (width, height)."""
-    moved = [round(v + sign * a) for v, sign, a in zip(box, (-1, -1, 1, 1), amounts)]
-    return [min(limit, max(0, v)) for v, limit in zip(moved, (*limits, *limits))]
-
-
-def answer_of(table, expression, limits, looks, rng):
-    """One answer -> list of (text, thing spoken of, or None). limits: the picture's (w, h)."""
-    if looks:
-        thing, said = expression["thing"], look_of(table, expression["steps"])
-        box = widen(table[1 + thing][2:], [rng.gauss(0.5, 0.7) for _ in range(4)], limits)
-    else:
-        thing = rng.choice(fitting(table, expression["steps"][-1]["noun"]))
-        said = [("It is the", None), (f" {name_of(table, thing)}.", thing)]
-        box = widen(table[1 + thing][2:], [rng.gauss(LOOSE, 2) for _ in range(4)], limits)
-    answer = answer_text(box, expression["text"])
-    before, numbers, after = re.fullmatch(r"(.*?\[)([0-9, ]*)(\].*)", answer, re.DOTALL).groups()
-    said = [("<think>\n", None), *said, ("\n</think>\n" + before, None), (numbers, thing),
-            (after, None)]
-    if not looks and rng.random() < BROKEN:
-        tag = rng.choice(TAGS)
-        said = [(text.replace(tag, ""), spoken) for text, spoken in said]
-    return said
-
-
-def pad(rows, value, left=False):
-    """Lists of ids -> (N, longest) int16."""
-    longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([f + r if left else r + f for f, r in zip(fill, rows)], dtype=torch.int16)
-
-
-def tokenise(said, tokenizer):
-    """(text, thing) pairs -> token ids and, as many, 1 + the thing each speaks of (0: none)."""
-    text, spoken = "", []
-    for part, thing in said:
-        text += part
-        spoken += [0 if thing is None else 1 + thing] * len(part)
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    focus = [spoken[end - 1] for _, end in encoded["offset_mapping"]]
-    return encoded["input_ids"] + [tokenizer.eos_token_id], focus + [0]
-
-
-def make_samples(scenes, processor, name):
-    """Scenes of one size -> prompts and answers to each of their expressions, tokenised.
-
-    prompts (count, EXPRESSIONS, P) padded on the left; for "look" and "glance": answers (count,
-    EXPRESSIONS, R) padded on the right and what each token speaks of, as large."""
-    rng, tokenizer = random.Random(f"tests/tiny answers {name}"), processor.tokenizer
-    height, width = scenes[0][0]["picture"].shape[:2]
-    image, pieces = "<|image_pad|>", height * width // CELL ** 2
-    made = {"prompts": [], "look": [], "look focus": [], "glance": [], "glance focus": []}
-    for arrays, picked, _ in scenes:
-        table = arrays["table"].tolist()
-        for expression in picked:
-            prompt = processor.apply_chat_template(chat_messages(expression["text"]),
-                                                   add_generation_prompt=True)
-            made["prompts"].append(tokenizer(prompt.replace(image, image * pieces))["input_ids"])
-            for habit in ("look", "glance"):
-                said = answer_of(table, expression, (width, height), habit == "look", rng)
-                ids, focus = tokenise(said, tokenizer)
-                made[habit].append(ids)
-                made[habit + " focus"].append(focus)
-    padding = tokenizer.pad_token_id
-    for k, rows in made.items():
-        padded = pad(rows, 0 if "focus" in k else padding, k == "prompts")
-        made[k] = padded.unflatten(0, (-1, EXPRESSIONS))
-    return made
-
-
-# --------------------------------------------------------------------------------------------------
-# The MLLM. Hugging Face's own forward takes pictures one by one; here all of a step are alike, so
-# it takes them at once. check_forward holds what follows against the original.
 
 def build_mllm(tokenizer):
-    """Qwen2.5-VL with one million parameters."""
+    """Qwen2.5-VL with a million parameters."""
     ids = {s: tokenizer.convert_tokens_to_ids(s) for s in SPECIAL}
-    # the slowest frequencies tell the columns, of which there are ten: so a small base
+    # The slowest rotary frequencies tell the columns apart. There are only ten: hence a small base.
     rope = dict(rope_type="default", rope_theta=30.0, mrope_section=[4, 6, 6])
     text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
                 num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
@@ -393,86 +357,69 @@ def build_mllm(tokenizer):
     return model
 
 
-def patchify(pictures, image_processor):
-    """(B, h, w, 3) uint8 -> (B, patches, 3 * 2 * PATCH^2), in the processor's order: 2 x 2 patches,
-    then on along the row of cells."""
-    mean, std = torch.tensor([image_processor.image_mean, image_processor.image_std])
-    x = (pictures.float() / 255 - mean) / std
-    x = x.unflatten(1, (-1, 2, PATCH)).unflatten(4, (-1, 2, PATCH))
-    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)            # (B, rows, columns, 2, 2, 3, PATCH, PATCH)
-    x = x.unsqueeze(6).expand(*x.shape[:6], 2, PATCH, PATCH)
-    return x.reshape(len(pictures), -1, 6 * PATCH ** 2)
+# --- The MLLM's training --------------------------------------------------------------------------
+
+SEEING = 0.15                          # of the steps, at first: the vision tower alone
+GLANCING = 0.04                        # of the steps, at the end: 3 of 4 completions glance
+EARLY_LOOKS, LATE_LOOKS = 0.75, 0.25   # share of completions that look, before and then
 
 
-def see(visual, patches, columns):
-    """The vision tower on B pictures of one size: (B, patches, D) -> (B, cells, C)."""
-    index = torch.arange(patches.shape[1])
-    cell, inner = index // 4, index % 4
-    places = torch.stack([cell // columns * 2 + inner // 2, cell % columns * 2 + inner % 2], 1)
-    x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
-    cos, sin = visual.rotary_pos_emb(x, places)
-    for block in visual.blocks:
-        qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
-        q, k, v = qkv.unbind(2)
-        q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)       # (B, patches, heads, d)
-        mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2).to(v.dtype) for t in (q, k, v)))
-        x = x + block.attn.proj(mixed.transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.norm2(x))
-    return visual.merger(x).unflatten(0, (len(patches), -1))
+@dataclass
+class Batch:
+    scenes: list                       # I of them
+    pixel_values: torch.Tensor         # as the processor gives them, of the I images
+    grid_thw: torch.Tensor             # (I, 3)
+    scene_of: torch.Tensor             # (B,) which scene a completion is about
+    prompts: torch.Tensor              # (B, P), padded on the left
+    completions: torch.Tensor          # (B, R), padded on the right, with room for QUERIES more
+    lengths: torch.Tensor              # (B,) tokens of each completion
+    focus: torch.Tensor                # (B, R), see tokenise
 
 
-def rope_positions(ids, first, start, rows, columns):
-    """3-D M-RoPE positions: texts begin at column `first`, their pictures at column `start`, both
-    (B,) -> (3, B, L).
-
-    Text counts on; the picture's tokens share one time and spread over rows and columns; text after
-    it goes on from the largest of the three."""
-    column, first, start = torch.arange(ids.shape[1])[None], first[:, None], start[:, None]
-    k = column - start
-    inside = (k >= 0) & (k < rows * columns)
-    saved = rows * columns - max(rows, columns)
-    text = (column - first - (k >= rows * columns) * saved).clamp(min=0)
-    offsets = (torch.zeros_like(k), k // columns, k % columns)
-    return torch.stack([torch.where(inside, start - first + offset, text) for offset in offsets])
-
-
-def forward(model, prompts, answers, features, columns, attentions=False, queries=None):
-    """(B, P), (B, R), (B, cells, C) -> the states (B, R + 1, C) from the one that predicts an
-    answer's first token to the one at its last; one head's weights in the first R rows, (B, R, L);
-    the column where each picture starts (B,); the pictures' states (B, cells, C) as that head
-    meets them. With attentions=False two of them are None."""
-    ids, P = torch.cat([prompts, answers], 1), prompts.shape[1]                         # (B, L)
-    is_picture = ids == model.config.image_token_id
-    first = (prompts != model.config.get_text_config().pad_token_id).int().argmax(1)
-    start = is_picture.int().argmax(1)
-    embeds = model.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter(is_picture[..., None], features.to(embeds.dtype))
-    if queries is not None:                                      # (K, C), behind every answer
-        behind = P + ended(answers, model)[:, None] + torch.arange(len(queries))       # (B, K)
-        embeds = embeds.scatter(1, behind[..., None].expand(-1, -1, embeds.shape[2]),
-                                queries.to(embeds.dtype).expand(len(ids), -1, -1))
-    column = torch.arange(ids.shape[1])
-    allowed = (column >= first[:, None, None]) & (column <= column[:, None])            # (B, L, L)
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -1e9)[:, None]
-    position = rope_positions(ids, first, start, features.shape[1] // columns, columns)
-    out = model.model.language_model(
-        inputs_embeds=embeds, position_ids=position, attention_mask=mask, use_cache=False,
-        output_attentions=attentions, output_hidden_states=attentions)
-    weights, shown = None, None
-    if attentions:
-        weights = out.attentions[LOOKING_LAYER][:, 0, P - 1:-1]
-        shown = out.hidden_states[LOOKING_LAYER][is_picture].view(*features.shape)
-    return out.last_hidden_state[:, P - 1:], weights, start, shown
+def draw_batch(scenes, processor, looks, count, rng):
+    """`count` scenes with two expressions each; a share `looks` of the completions looks."""
+    scenes = rng.choices(scenes, k=count)
+    prompts, completions, focus = [], [], []
+    for scene in scenes:
+        w, h = mllm_size(scene["image"].shape[1::-1])
+        for expression in rng.sample(scene["expressions"], 2):
+            prompt = processor.apply_chat_template(chat_messages(expression["words"]),
+                                                   add_generation_prompt=True)
+            prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * (w * h // CELL ** 2))
+            prompts.append(processor.tokenizer(prompt)["input_ids"])
+            spans = write_completion(scene["things"], expression, (w, h), rng.random() < looks, rng)
+            ids, speaks = tokenise(spans, processor.tokenizer)
+            completions.append(ids)
+            focus.append(speaks)
+    P, R = max(map(len, prompts)), max(map(len, completions)) + QUERIES
+    pad = processor.tokenizer.pad_token_id
+    images = processor.image_processor([scene["image"] for scene in scenes], return_tensors="pt")
+    return Batch(scenes, images["pixel_values"], images["image_grid_thw"],
+                 torch.arange(count).repeat_interleave(2),
+                 torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts]),
+                 torch.tensor([ids + [pad] * (R - len(ids)) for ids in completions]),
+                 torch.tensor([len(ids) for ids in completions]),
+                 torch.tensor([row + [0] * (R - len(row)) for row in focus]))
 
 
-def ended(answers, model):
-    """Answers (B, R), padded on the right -> the tokens of each, (B,)."""
-    return (answers != model.config.get_text_config().pad_token_id).sum(1)
+class Aids(torch.nn.Module):
+    """Heads that help the training and are thrown away: what an image token shows, where that lies
+    in the image, and the thing that a completion's token speaks of.
+
+    The vision tower only knows relative places (its positions are rotary), so `cells` asks how far
+    a thing reaches from the cell. The language model knows the cell's own place, so `places` asks
+    it for the thing's box."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 6)
+        self.places = torch.nn.Linear(width, 4)
+        self.drawing = torch.nn.Linear(width, sum(DRAWING))
 
 
 def soft_targets(tokenizer, sigma=1.5):
-    """(V, V): the target distribution for every token. Itself; for a number, a bell over the
-    numbers around it that are written as it is."""
+    """(V, V): the target distribution of every token. It is the token itself; for a number a bell
+    over the numbers around it that are written with the same characters before them."""
     target, n = torch.eye(len(tokenizer)), torch.arange(HIGHEST + 1.0)
     bell = torch.softmax(-((n[:, None] - n) / sigma) ** 2 / 2, 1)
     for before in ("", " ", ", "):
@@ -482,357 +429,181 @@ def soft_targets(tokenizer, sigma=1.5):
     return target
 
 
-class Aids(torch.nn.Module):
-    """Heads that help the training and are thrown away: what a picture token shows, where that
-    stands in the picture, and what an answer's state speaks of. The vision tower knows relative
-    places alone (its rotary positions), so it says how far a thing reaches from the cell; the
-    language model knows the cell's own place, from the text before the picture."""
+def mllm_forward(model, batch, features):
+    """Prompts, completions and random vectors behind them, through the language model.
 
-    def __init__(self, width):
-        super().__init__()
-        self.cells = torch.nn.Linear(width, 2 + len(world.COLORS) + len(world.SHAPES) + 6)
-        self.places = torch.nn.Linear(width, 4)
-        self.drawing = torch.nn.Linear(width, sum(DRAWN))
+    features: the vision tower's, one (n, C) for each of the I images. -> states (B, R + 1, C), the
+    first of which predicts a completion's first token; one head's attention weights in its first R
+    rows (B, R, L); a list of B states (n, C), of the image tokens as that head meets them."""
+    ids, P = torch.cat([batch.prompts, batch.completions], 1), batch.prompts.shape[1]       # (B, L)
+    is_image = ids == model.config.image_token_id
+    images = torch.cat([features[i] for i in batch.scene_of])
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter(is_image[..., None], images.to(embeds.dtype))
+    C = embeds.shape[2]
+    queries = model.config.get_text_config().initializer_range * torch.randn(QUERIES, C)
+    behind = P + batch.lengths[:, None] + torch.arange(QUERIES)                 # (B, QUERIES)
+    embeds = embeds.scatter(1, behind[..., None].expand(-1, -1, C),
+                            queries.expand(len(ids), -1, -1))
+    start = (ids != model.config.get_text_config().pad_token_id).int().argmax(1)
+    attention = (torch.arange(ids.shape[1]) >= start[:, None]).long()
+    positions, _ = model.model.get_rope_index(
+        ids, is_image.long(), image_grid_thw=batch.grid_thw[batch.scene_of],
+        attention_mask=attention)
+    out = model.model.language_model(
+        inputs_embeds=embeds, position_ids=positions, attention_mask=attention, use_cache=False,
+        output_attentions=True, output_hidden_states=True)
+    image_states = [states[image] for states, image in
+                    zip(out.hidden_states[LOOKING_LAYER], is_image)]
+    weights = out.attentions[LOOKING_LAYER][:, 0, P - 1:-1]
+    return out.last_hidden_state[:, P - 1:], weights, image_states
 
 
-def mllm_losses(model, aids, soft, group, prompts, answers, focus, scene, processor):
-    """Named losses of one batch of B answers about pictures of one size; scene (B,) says which."""
-    rows, columns = (n // CELL for n in group["picture"].shape[1:3])
-    distinct, which = scene.unique(return_inverse=True)
-    if "seen" in group:
-        seen = group["seen"][distinct]
-    else:
-        patches = patchify(group["picture"][distinct], processor.image_processor)
-        seen = see(model.model.visual, patches, columns)
-    answers, focus = F.pad(answers, (0, QUERIES)), F.pad(focus, (0, QUERIES))
-    text = model.config.get_text_config()
-    queries = text.initializer_range * torch.randn(QUERIES, text.hidden_size)
-    states, weights, start, shown = forward(model, prompts, answers, seen[which], columns, True,
-                                            queries)
-    column, length = torch.arange(answers.shape[1]), ended(answers, model)[:, None]
-    counts = (column < length).float()                                                  # (B, R)
+def mllm_losses(model, aids, soft, batch, seeing):
+    """Named losses of one batch. seeing: only that of the vision tower."""
+    features = model.model.get_image_features(batch.pixel_values, batch.grid_thw).pooler_output
+    losses = {"cells": cell_loss(aids.cells(torch.cat(features)).float(), batch.scenes)}
+    if seeing:
+        return losses
+    states, weights, image_states = mllm_forward(model, batch, features)
+    column = torch.arange(batch.completions.shape[1])
+    written = (column < batch.lengths[:, None]).float()                         # (B, R)
+    behind = (column < batch.lengths[:, None] + QUERIES).float() - written
     log_p = model.lm_head(states[:, :-1]).float().log_softmax(-1)
-    losses = {"text": (-(soft[answers] * log_p).sum(-1) * counts).sum() / counts.sum()}
-    if "seen" not in group:
-        losses["cells"] = cell_loss(aids.cells(seen).float(), group, distinct)
-    truth = of_cells(group, scene)
-    miss = (aids.places(shown).float() - truth[..., 2:] / HIGHEST).abs().mean(-1)
-    losses["places"] = 10 * miss[truth[..., 0] > 0].mean()
-    losses["attention"] = attention_loss(weights.float(), group["cover"][scene], focus, start)
-    drawn = F.adaptive_avg_pool2d(group["low"][scene].float() / 255, COARSE).flatten(2)
-    drawn = torch.cat([drawn, (1 + group["turn"][scene]) / 2, group["halves"][scene],
-                       group["corners"][scene] / SIDE], -1)
-    guess, behind = aids.drawing(states).float(), (column < length + QUERIES).float() - counts
-    shared = group["shared"][scene]
-    losses["drawing"] = drawing_loss(guess, drawn, shared, focus, counts)
-    losses["queries"] = drawing_loss(guess, drawn, shared, focus, behind)
+    losses["text"] = (-(soft[batch.completions] * log_p).sum(-1) * written).sum() / written.sum()
+    scenes = [batch.scenes[i] for i in batch.scene_of]           # B of them
+    truth = torch.cat([scene["table"][scene["cells"]] for scene in scenes])
+    off = (aids.places(torch.cat(image_states)).float() - truth[:, 2:6] / HIGHEST).abs().mean(-1)
+    losses["places"] = 10 * off[truth[:, 0] > 0].mean()
+    starts = (batch.prompts == model.config.image_token_id).int().argmax(1)
+    losses["attention"] = attention_loss(weights.float(), scenes, starts, batch.focus)
+    guess = aids.drawing(states).float()
+    losses["drawing"] = drawing_loss(guess, scenes, batch.focus, written)
+    losses["queries"] = drawing_loss(guess, scenes, batch.focus, behind)
     return losses
 
 
-@torch.no_grad()
-def keep_features(model, groups, processor):
-    """What the vision tower makes of every picture, for as long as it rests."""
-    for group in groups:
-        columns = group["picture"].shape[2] // CELL
-        seen = [see(model.model.visual, patchify(part, processor.image_processor), columns)
-                for part in group["picture"].split(50)]
-        group["seen"] = torch.cat(seen).bfloat16()
+def cell_loss(guess, scenes):
+    """What stands in each cell of some images: colour, shape, how far it reaches from the cell's
+    centre to each side, and its turn; or nothing. guess (all cells, 2 + colours + shapes + 6)"""
+    truth = torch.cat([scene["table"][scene["cells"]] for scene in scenes])     # (all cells, 8)
+    centres = torch.cat([scene["centres"] for scene in scenes]).repeat(1, 2)
+    color, shape, box, turn = guess.split([1 + len(world.COLORS), 1 + len(world.SHAPES), 4, 2], 1)
+    has_thing = truth[:, 0] > 0
+    reach = (truth[:, 2:6] - centres) / (2 * CELL)
+    return (F.cross_entropy(color, truth[:, 0].long())
+            + F.cross_entropy(shape, truth[:, 1].long())
+            + (box - reach).abs()[has_thing].mean()
+            + (turn - truth[:, 6:]).abs()[has_thing].mean())
 
 
-def seeing_losses(model, aids, groups, processor, bf16, pictures=16):
-    """The beginning: the vision tower alone, which needs many more pictures than the texts do."""
-    sizes = torch.tensor([len(group["picture"]) for group in groups]).float()
-    group = groups[int(torch.multinomial(sizes, 1))]
-    some = torch.randint(len(group["picture"]), (pictures,))
-    rows, columns = (n // CELL for n in group["picture"].shape[1:3])
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        patches = patchify(group["picture"][some], processor.image_processor)
-        guess = aids.cells(see(model.model.visual, patches, columns))
-        return {"cells": cell_loss(guess.float(), group, some)}
+def attention_loss(weights, scenes, starts, focus):
+    """One head's weights (B, R, L) should fall on the image tokens of the thing that the next token
+    speaks of, focus (B, R). The image begins in column starts (B,)."""
+    hits = []
+    for row, scene, start, speaks in zip(weights, scenes, starts, focus):
+        cover = F.pad(scene["cover"].float(), (0, 0, 1, 0))      # (1 + THINGS, n); row 0: no thing
+        hits.append((row[:, start:start + cover.shape[1]] * cover[speaks]).sum(1))
+    return -torch.log(torch.stack(hits) + 1e-4)[focus > 0].mean()
 
 
-def of_thing(values, focus):
-    """Values (B, THINGS, n) and 1 + the thing (B, R) -> that thing's (B, R, n); thing 0's for 0."""
-    return values.gather(1, (focus - 1).clamp(min=0)[..., None].expand(-1, -1, values.shape[2]))
+def drawing_loss(guess, scenes, focus, where):
+    """What a completion's states say about the thing last spoken of, against the truth.
+
+    guess (B, R + 1, sum(DRAWING)): a coarse drawing, the turn, and the places of both halves and of
+    the box. where (B, R): the tokens whose states count. Things that share their place are hardest
+    and count three times."""
+    last = F.pad(focus, (0, 1))
+    index = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
+    last = last.gather(1, index)                                 # 0 before the first thing
+    row = torch.arange(len(last))[:, None]
+    truth = stack(scenes, "drawing")[row, (last - 1).clamp(min=0)]
+    shared = stack(scenes, "shared")[row, (last - 1).clamp(min=0)]
+    weight = (last > 0) * F.pad(where, (1, 0), value=1.0) * (1 + 2 * shared)
+    (cells, turn, places), (true_cells, true_turn, true_places) = (
+        x.split(DRAWING, -1) for x in (guess, truth))
+    miss = sum(F.binary_cross_entropy_with_logits(logits, true, reduction="none").mean(-1)
+               for logits, true in ((cells, true_cells), (turn, true_turn)))
+    off = (places - true_places).abs().mean(-1)
+    return ((miss + 5 * off) * weight).sum() / weight.sum()
 
 
-def attention_loss(weights, cover, focus, start):
-    """One head's weights (B, R, L) should fall on the cells of the thing spoken of, (B, R). The
-    picture starts in column `start` (B,); cover (B, THINGS, cells) says which are a thing's."""
-    columns = start[:, None] + torch.arange(cover.shape[2])
-    columns = columns[:, None].expand(-1, focus.shape[1], -1)               # (B, R, cells)
-    hit = (weights.gather(2, columns) * of_thing(cover, focus)).sum(-1)
-    spoken = (focus > 0).float()
-    return (-torch.log(hit + 1e-4) * spoken).sum() / spoken.sum()
-
-
-def drawing_loss(guess, drawn, shared, focus, counts):
-    """The coarse drawing (B, R + 1, sum(DRAWN)) that an answer's states give of the thing last
-    spoken of, the state at the end token included; behind it the thing's turn, where its left and
-    its right half lie, and its box. drawn (B, THINGS, as many) is the truth. Things that share
-    their place, shared (B, THINGS), count three times: they are hardest."""
-    last = torch.cat([focus, focus[:, -1:]], 1)
-    carried = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
-    last = last.gather(1, carried)
-    told = (last > 0).float() * F.pad(counts, (1, 0), value=1.0)
-    told = told * (1 + 2 * of_thing(shared[..., None], last)[..., 0])
-    (cells, turn, places), truth = guess.split(DRAWN, -1), of_thing(drawn, last).split(DRAWN, -1)
-    miss = sum(F.binary_cross_entropy_with_logits(part, true, reduction="none").mean(-1)
-               for part, true in ((cells, truth[0]), (turn, truth[1])))
-    off = (places - truth[2]).abs().mean(-1)
-    return ((miss + 5 * off) * told).sum() / told.sum()
-
-
-def turns_of(low):
-    """Masks (B, THINGS, LOW, LOW) -> which way each is longer, (B, THINGS, 2) in [-1, 1]: across
-    (1) or down (-1), and from the upper left (1) or from the lower left (-1). Of two crossing bars
-    nothing else differs but the colour."""
-    weights = low.flatten(2).float() + 1e-9
-    weights = weights / weights.sum(-1, keepdim=True)            # (B, THINGS, LOW * LOW)
-    index = torch.arange(LOW * LOW)
-    x, y = (index % LOW).float(), (index // LOW).float()
-    x, y = (v - (weights @ v)[..., None] for v in (x, y))        # from the mask's centre
-    xx, yy, xy = ((weights * a * b).sum(-1) for a, b in ((x, x), (y, y), (x, y)))
-    return torch.stack([xx - yy, 2 * xy], -1) / (xx + yy + 1e-6)[..., None]
-
-
-def halves_of(low):
-    """Masks (B, THINGS, LOW, LOW) -> the centres of their left and right halves, x, y, x, y, as a
-    share of the picture, (B, THINGS, 4). Of a bar that leans they lie on its two arms."""
-    weights = low.flatten(2).float() + 1e-9                      # (B, THINGS, LOW * LOW)
-    index = torch.arange(LOW * LOW)
-    x, y = (index % LOW + 0.5) / LOW, (index // LOW + 0.5) / LOW
-    middle = (weights @ x / weights.sum(-1))[..., None]
-    found = []
-    for side in (x <= middle, x > middle):
-        half = weights * side
-        found += [half @ v / half.sum(-1).clamp(min=1e-6) for v in (x, y)]
-    return torch.stack(found, -1)
-
-
-def of_cells(group, scene):
-    """What stands in each cell of some scenes -> (B, cells, 6): colour, shape and box; 0 is
-    nothing."""
-    index = group["cells"][scene].long()[..., None].expand(-1, -1, 6)
-    return group["table"][scene].long().gather(1, index)
-
-
-def cell_loss(guess, group, distinct):
-    """What stands in each cell of the picture: colour, shape, how far it reaches from the cell's
-    centre to all sides, and its turn; or nothing."""
-    truth = of_cells(group, distinct)
-    columns = group["picture"].shape[2] // CELL
-    cell = torch.arange(truth.shape[1])
-    centre = CELL * torch.stack([cell % columns, cell // columns], -1) + CELL / 2     # (cells, 2)
-    reach = (truth[..., 2:] - centre.repeat(1, 2)) / (2 * CELL)
-    color, shape, box, turn = guess.split([1 + len(world.COLORS), 1 + len(world.SHAPES), 4, 2], -1)
-    there = truth[..., 0] > 0
-    thing = group["cells"][distinct].long()
-    wrong = (turn - of_thing(group["turn"][distinct], thing)).abs().mean(-1)
-    return (F.cross_entropy(color.flatten(0, 1), truth[..., 0].flatten())
-            + F.cross_entropy(shape.flatten(0, 1), truth[..., 1].flatten())
-            + (box - reach).abs().mean(-1)[there].mean() + wrong[there].mean())
-
-
-def draw_batch(groups, share, pictures, questions):
-    """-> a group of scenes of one size, and B = pictures x questions of its prompts and answers, of
-    which a `share` looks: prompts (B, P), answers and focus (B, R), scene (B,); little padding."""
-    sizes = torch.tensor([len(group["picture"]) for group in groups]).float()
-    group = groups[int(torch.multinomial(sizes, 1))]
-    scene = torch.randint(len(group["picture"]), (pictures,)).repeat_interleave(questions)
-    question = torch.rand(pictures, EXPRESSIONS).argsort(1)[:, :questions].flatten()
-    prompts = group["prompts"][scene, question].long()
-    looks = torch.rand(len(scene)) < share
-    both = [torch.where(looks[:, None], group["look" + name][scene, question],
-                        F.pad(group["glance" + name][scene, question], (0, group["longer"]))).long()
-            for name in ("", " focus")]
-    longest = (both[0] != 0).sum(1).max()
-    first = (prompts != 0).int().argmax(1).min()
-    return group, prompts[:, first:], both[0][:, :longest], both[1][:, :longest], scene
-
-
-@torch.no_grad()
-def ask(model, processor, items, begun="", sampled=False, limit=110):
-    """Items as data.load_item gives them -> the MLLM's answers, each beginning with `begun`."""
-    collate = data.Collator(processor, "qwen2_5_vl", SIDE, max_prompt=400)
-    forbidden = forbidden_tokens(processor.tokenizer, model.lm_head.out_features)
-    more = torch.tensor(processor.tokenizer(begun).input_ids if begun else [], dtype=torch.long)
-    texts = []
-    for k in range(0, len(items), 50):
-        batch = collate(items[k:k + 50])
-        batch["ids"] = [torch.cat([ids, more]) for ids in batch["ids"]]
-        batch["types"] = [torch.cat([types, torch.zeros_like(more)]) for types in batch["types"]]
-        uniforms = torch.rand(len(batch["ids"]), limit).double() if sampled else None
-        samples = generate(model, batch, prompt_positions(model, batch), 1, limit,
-                           processor.tokenizer.eos_token_id, forbidden, uniforms)
-        texts += [begun + processor.tokenizer.decode(group[0], skip_special_tokens=True)
-                  for group in samples.completions]
-    return texts
-
-
-def held_out_items(scenes):
-    """The first expression of each scene -> items as data.load_item gives them, and its kind."""
-    items = []
-    for n, (_, (expression, *_), whole) in enumerate(scenes):
-        thing = expression["thing"]
-        items.append({"id": f"held out/{n}", "text": expression["text"], "image": whole["image"],
-                      "mask": whole["masks"][thing], "ignore": np.zeros_like(whole["masks"][thing]),
-                      "box": whole["things"][thing]["box"], "kind": expression["kind"]})
-    return items
-
-
-BEGUN = {"free": "", "looks": "<think>\nThe", "glances": "<think>\nIt"}
-
-
-def evaluate_mllm(model, processor, items):
-    """Answers to held-out questions, free and with the habit forced by the first word -> the log's
-    rows."""
-    model.eval()
-    rows = {}
-    for name, begun in [*BEGUN.items(), ("sampled", "")]:
-        texts = ask(model, processor, items, begun, name == "sampled")
-        rows[name] = score(texts, items, processor.tokenizer)
-        rows[name + " text"] = texts[:3]
-    model.train()
-    return rows
-
-
-def score(texts, items, tokenizer):
-    """Means over the answers; right: the box's IoU with the true one is above 0.5, also by kind."""
-    found = {name: [] for name in ("right", "box", "format", "looks", "tokens", *world.KINDS)}
-    for text, item in zip(texts, items):
-        size = item["mask"].shape
-        frame = smart_resize(*size, factor=CELL, min_pixels=FEWEST, max_pixels=MOST)
-        box = parse_box(text)
-        iou = box_iou(box and data.rescale_box(box, frame[::-1], size[::-1]), item["box"])
-        found["box"].append(iou)
-        found["right"].append(iou > 0.5)
-        found[item["kind"]].append(iou > 0.5)
-        found["format"].append(format_reward(text))
-        found["looks"].append(text.startswith(BEGUN["looks"]))
-        found["tokens"].append(len(tokenizer(text).input_ids))
-    return {name: round(float(np.mean(values)), 3) for name, values in found.items() if values}
-
-
-@torch.no_grad()
-def check_forward(model, processor, group, scenes):
-    """Our positions, patches and forward are Hugging Face's, on four padded prompts."""
-    columns, pad_id = group["picture"].shape[2] // CELL, processor.tokenizer.pad_token_id
-    prompts, answers = group["prompts"][:4, 0].long(), group["look"][:4, 0].long()
-    ours = patchify(group["picture"][:4], processor.image_processor)
-    seen = see(model.model.visual, ours, columns)
-    states, _, _, _ = forward(model, prompts, answers, seen, columns)
-    logits = model.lm_head(states)
-    for i in range(4):
-        text = processor.apply_chat_template(chat_messages(scenes[i][1][0]["text"]),
-                                             add_generation_prompt=True)
-        encoded = processor(text=[text], images=[scenes[i][2]["image"]], return_tensors="pt",
-                            return_mm_token_type_ids=True)
-        kept = prompts[i] != pad_id
-        assert torch.equal(prompts[i][kept], encoded["input_ids"][0]), "prompt tokens"
-        assert torch.allclose(ours[i], encoded["pixel_values"], atol=0.02), "patches"
-        answer = answers[i][answers[i] != pad_id]
-        ids = torch.cat([encoded["input_ids"][0], answer])[None]
-        types = F.pad(encoded["mm_token_type_ids"], (0, len(answer)))
-        theirs, _ = model.model.get_rope_index(ids, types, image_grid_thw=encoded["image_grid_thw"])
-        begin = (ids == model.config.image_token_id).int().argmax(1)
-        rows = group["picture"].shape[1] // CELL
-        mine = rope_positions(ids, torch.zeros_like(begin), begin, rows, columns)
-        assert torch.equal(mine, theirs), "positions"
-        theirs = model(input_ids=ids, mm_token_type_ids=types, pixel_values=ours[i],
-                       image_grid_thw=encoded["image_grid_thw"]).logits[0, -len(answer) - 1:]
-        assert torch.allclose(logits[i, :len(answer) + 1], theirs, atol=1e-4, rtol=1e-4), "logits"
-
-
-def group_scenes(scenes, processor, name):
-    """Scenes -> one dict of tensors per size of the MLLM's picture: scenes and samples together."""
-    sizes = {}
-    for scene in scenes:
-        sizes.setdefault(scene[0]["picture"].shape[:2], []).append(scene)
-    groups = []
-    for size, some in sorted(sizes.items()):
-        group = {**stack(some, MLLM_READS), **make_samples(some, processor, f"{name} {size}")}
-        for aid, of in (("turn", turns_of), ("halves", halves_of)):
-            group[aid] = torch.cat([of(part) for part in group["low"].split(200)])
-        group["longer"] = group["look"].shape[-1] - group["glance"].shape[-1]
-        if group["longer"] >= 0 and len(some) >= 4:              # a rare size teaches little
-            groups.append(group)
-    return groups
-
-
-def build_mllm_part(args, scenes, held_out, say):
+def train_mllm(args, say):
     folder, processor = Path(args.output) / "mllm", build_processor()
-    tokenizer, began = processor.tokenizer, time.time()
-    groups = group_scenes(scenes, processor, f"{args.seed} train")
-    scenes.clear()                                               # a gigabyte
+    scenes, held_out = make_scenes(args), held_out_scenes(args.held_out)
     torch.manual_seed(args.seed)
-    model = build_mllm(tokenizer)
+    model = build_mllm(processor.tokenizer)
+    model.set_attn_implementation({"text_config": "eager"})      # which gives the weights away
     aids = Aids(model.config.get_text_config().hidden_size)
-    squares = [s for s in held_out if s[0]["picture"].shape[:2] == (160, 160)][:4]
-    check_forward(model, processor, group_scenes(squares, processor, "check")[0], squares)
-    items = held_out_items(held_out)
-    say(f"mllm: {count(model)} parameters, {len(tokenizer)} tokens, {len(groups)} sizes of picture"
-        f", tokenised in {time.time() - began:.0f} s")
-    for part in ("prompts", "look", "glance"):
-        lengths = torch.cat([(group[part] != 0).sum(-1).flatten() for group in groups])
-        say(f"  tokens of {part}: {lengths.float().mean():.1f}, at most {lengths.max()}")
-    model.set_attn_implementation("eager")               # the one that hands its weights out
-    soft, steps = soft_targets(tokenizer), args.steps or 8000
+    soft, steps = soft_targets(processor.tokenizer), args.steps or 12000
 
     def losses(step):
-        if step < args.see_first:
-            named = seeing_losses(model, aids, groups, processor, args.bf16)
-            return named["cells"], named
-        if step < args.read_until and "seen" not in groups[0]:
-            keep_features(model, groups, processor)
-        if step >= args.read_until and "seen" in groups[0]:
-            for group in groups:
-                del group["seen"]
-        share = 0.25 if step > (1 - GLANCING) * steps else args.early_looks
-        group, *batch = draw_batch(groups, share, args.batch or 12, 2)
+        rng = random.Random(f"{args.seed} {step} {RANK}")
+        looks = LATE_LOOKS if step > (1 - GLANCING) * steps else EARLY_LOOKS
+        batch = draw_batch(scenes, processor, looks, args.batch, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            named = mllm_losses(model, aids, soft, group, *batch, processor)
-        decay = min(1.0, max(0.05, 1.5 - 2 * step / steps))  # first where told, then where it helps
-        weights = {"attention": args.attention_weight * decay, "cells": max(0.1, decay),
-                   "queries": 3.0}
-        return sum(weights.get(k, 1.0) * v for k, v in named.items()), named
+            named = mllm_losses(model, aids, soft, batch, step < SEEING * steps)
+        decay = min(1.0, max(0.05, 1.5 - 2 * step / steps))      # of the aids' weight
+        weights = {"cells": max(0.1, decay), "attention": decay, "queries": 3.0}
+        return sum(weights.get(name, 1.0) * loss for name, loss in named.items()), named
 
-    def report(step):
-        if step <= args.see_first:
-            return
-        last = step == steps
-        for name, row in evaluate_mllm(model, processor, items if last else items[:100]).items():
-            say(f"  {name}: {json.dumps(row)}")
+    def save():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        evaluate_mllm(folder, held_out, say)
 
-    train("mllm", [model, aids], losses, report, args, steps, say)
-    if RANK == 0:
-        check_mllm(model, folder, items[:8], say)
+    train("mllm", [model, aids], losses, save, args, steps, say)
 
 
-def check_mllm(model, folder, items, say):
-    """What was saved loads as any other checkpoint does, and answers as the model that was trained;
-    so does Hugging Face's own generate."""
+BEGINNINGS = {"free": "", "looks": "<think>\nThe", "glances": "<think>\nIt", "sampled": ""}
+
+
+def evaluate_mllm(folder, scenes, say):
+    """How good the MLLM in a folder is on the first expression of each scene: greedy, greedy with
+    either habit forced by its first words, and sampled."""
     processor = AutoProcessor.from_pretrained(folder)
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
-    answers = [ask(m.eval(), processor, items) for m in (model, loaded)]
-    assert answers[0] == answers[1], answers
-    batch = data.Collator(processor, loaded.config.model_type, SIDE, max_prompt=400)(items[:1])
-    ids = batch["ids"][0][None]
-    out = loaded.generate(input_ids=ids, mm_token_type_ids=batch["types"][0][None],
-                          pixel_values=batch["pixel_values"], image_grid_thw=batch["grid_thw"],
-                          attention_mask=torch.ones_like(ids), max_new_tokens=110)
-    reply = processor.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
-    assert isinstance(processor, Qwen2_5_VLProcessor)
-    assert reply == answers[0][0], (reply, answers[0][0])
-    say(f"mllm: reloaded, the same answer to {items[0]['text']!r}: {reply!r}; {size(folder)}")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    torch.manual_seed(0)
+    for name, beginning in BEGINNINGS.items():
+        completions = []
+        for k in range(0, len(scenes), 50):
+            completions += complete(model, processor, scenes[k:k + 50], beginning,
+                                    name == "sampled")
+        say(f"  {name}: {json.dumps(score(completions, scenes, processor.tokenizer))}")
+        say(f"    {completions[0]!r}")
 
 
-# --------------------------------------------------------------------------------------------------
-# SAM 2
+@torch.no_grad()
+def complete(model, processor, scenes, beginning, sampled):
+    """-> completions of Hugging Face's own generate, each of which begins with `beginning`."""
+    prompts = [processor.apply_chat_template(chat_messages(expressions[0]["words"]),
+                                             add_generation_prompt=True) + beginning
+               for *_, expressions in scenes]
+    inputs = processor(text=prompts, images=[image for image, *_ in scenes], padding=True,
+                       return_tensors="pt", return_mm_token_type_ids=True)
+    ids = model.generate(**inputs, max_new_tokens=110, do_sample=sampled)
+    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return [beginning + text for text in texts]
 
-SAM_CONFIG = f"""# A real but tiny SAM 2, in the sam2 package's own format: one picture, no memory.
+
+def score(completions, scenes, tokenizer):
+    """Means over the completions. One is right if its box has an IoU above 0.5; also by kind."""
+    values = {name: [] for name in ("right", "box", "format", "looks", "tokens", *world.KINDS)}
+    for completion, (image, things, thing, expressions) in zip(completions, scenes):
+        size, box = image.shape[1::-1], parse_box(completion)
+        iou = box_iou(box and data.rescale_box(box, mllm_size(size), size), things[thing]["box"])
+        values["box"].append(iou)
+        values["right"].append(iou > 0.5)
+        values[expressions[0]["kind"]].append(iou > 0.5)
+        values["format"].append(format_reward(completion))
+        values["looks"].append(completion.startswith(BEGINNINGS["looks"]))
+        values["tokens"].append(len(tokenizer(completion).input_ids))
+    return {name: round(float(np.mean(rows)), 3) for name, rows in values.items() if rows}
+
+
+# --- SAM 2 ----------------------------------------------------------------------------------------
+
+SAM_CONFIG = f"""# A real but tiny SAM 2, in the sam2 package's own format: one image, no memory.
 # Written by build.py.
 model:
   _target_: sam2.modeling.sam2_base.SAM2Base
@@ -868,186 +639,17 @@ model:
   iou_prediction_use_sigmoid: true
 """
 POINTS = 8                             # at most, in a prompt
-PROMPTS = 4                            # of a picture, in a step of the training
-
-
-def build_sam(config):
-    return instantiate(OmegaConf.load(config).model, _recursive_=True)
-
-
-def sam_pixels(pictures):
-    """data.sam_picture for (B, SIDE, SIDE, 3) uint8 -> (B, 3, SIDE, SIDE)."""
-    pixels = (pictures.float() / 255 - data.SAM_MEAN) / data.SAM_STD
-    return pixels.permute(0, 3, 1, 2).contiguous()
-
-
-def decode(sam, pixels, points, labels, blur=None):
-    """K prompts of each of B pictures -> mask logits (B, K, LOW, LOW) and predicted IoUs (B, K).
-
-    points (B, K, n, 2) in SAM's frame and labels (B, K, n): 2 and 3 are a box's corners, 1 a point
-    on the thing, 0 a point off it, -1 none. blur: a function of the prompts' tokens.
-    """
-    K = points.shape[1]
-    fine, middle, coarse = sam.forward_image(pixels)["backbone_fpn"]
-    features = [coarse + sam.no_mem_embed.view(1, -1, 1, 1), fine, middle]
-    coarse, fine, middle = (f[:, None].expand(-1, K, -1, -1, -1).flatten(0, 1) for f in features)
-    prompts = points.flatten(0, 1), labels.flatten(0, 1)
-    sparse, dense = sam.sam_prompt_encoder(points=prompts, boxes=None, masks=None)
-    sparse = blur(sparse) if blur else sparse
-    logits, ious, _, _ = sam.sam_mask_decoder(
-        image_embeddings=coarse, image_pe=sam.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=False,
-        repeat_image=False, high_res_features=[fine, middle])
-    return logits.unflatten(0, (-1, K))[:, :, 0], ious.unflatten(0, (-1, K))[..., 0]
-
-
-def take(low, asked):
-    """Of the masks (B, THINGS, LOW, LOW) those asked for, (B, K) -> (B, K, LOW, LOW)."""
-    return low.gather(1, asked[..., None, None].expand(-1, -1, LOW, LOW))
-
-
-def draw_points(low, asked, number):
-    """Masks (B, THINGS, LOW, LOW), 0 ... 255, and the things asked for, (B, K) -> points (B, K, n,
-    2) and labels (B, K, n), n of them. The first lies on the thing; the others too, or in half of
-    the prompts some of them on another thing or beside all."""
-    B, K = asked.shape
-    cells = take(low, asked).flatten(2).float() / 255            # (B, K, LOW * LOW)
-    every = low.flatten(2).float().sum(1, keepdim=True) / 255
-    own = cells.pow(4) + 1e-9                                    # rather inside than on the rim
-    others = (every - cells).clamp(min=0).pow(4) + 0.1 * (1 - every).clamp(min=0) + 1e-9
-    places = []
-    for chance in (own, others):
-        index = torch.multinomial(chance.flatten(0, 1), number, replacement=True).view(B, K, number)
-        corner = 4 * torch.stack([index % LOW, index // LOW], -1)
-        places.append(corner + 4 * torch.rand(B, K, number, 2))
-    off = (torch.rand(B, K, number) < 0.3) & (torch.rand(B, K, 1) < 0.5)
-    off[..., 0] = False
-    return torch.where(off[..., None], places[1], places[0]), torch.where(off, 0, 1)
-
-
-def draw_box(corners):
-    """Boxes (B, K, 4) as two points (B, K, 2, 2) and their labels. The sides are moved by 8 % of
-    the box's size, those of every other box also up to 8 pixels outwards."""
-    B, K = corners.shape[:2]
-    extent = (corners[..., 2:] - corners[..., :2]).repeat(1, 1, 2)                      # w, h, w, h
-    outwards = torch.tensor([-1, -1, 1, 1])
-    wide = 8 * torch.rand(B, K, 4) * (torch.rand(B, K, 1) < 0.5) * outwards
-    shaken = (corners + wide + 0.08 * extent * torch.randn(corners.shape)).clamp(0, SIDE)
-    return shaken.unflatten(-1, (2, 2)), torch.tensor([2, 3]).expand(B, K, 2)
-
-
-def draw_prompts(corners, low, asked, early):
-    """Boxes (B, K, 4) of the things asked for, (B, K), of the masks (B, THINGS, LOW, LOW) -> points
-    (B, K, n, 2) and their labels, one sort in a step.
-
-    As SAM 2 was trained: a box (45 %), one to POINTS points (45 %), or a box and points. Early many
-    points alone, since from them it finds the thing soonest."""
-    sort, number = random.random(), random.randint(1, POINTS)
-    if early:
-        return draw_points(low, asked, POINTS)
-    if sort < 0.45:
-        return draw_box(corners)
-    points = draw_points(low, asked, number)
-    if sort < 0.9:
-        return points
-    return tuple(torch.cat(pair, 2) for pair in zip(draw_box(corners), points))
-
-
-def blur_tokens(tokens):
-    """Prompt tokens (N, n, D): half of the prompts are left; the tokens of the others become up to
-    ten times smaller, and something random is added, to all of a prompt's alike and to each.
-
-    What is learned in stage 1 begins so: small, and mostly the same for all pictures. A SAM that
-    never saw such tokens draws everything for them, whatever else they say, and nothing tells the
-    queries where to go (docs/world.md)."""
-    N, n, D = tokens.shape
-    small, strength = 10 ** -torch.rand(N, 1, 1), torch.rand(N, 1, 1)
-    blurred = small * tokens + strength * (torch.randn(N, 1, D) + 0.3 * torch.randn(N, n, D))
-    return torch.where(torch.rand(N, 1, 1) < 0.5, blurred, tokens)
-
-
-class CoarseReader(torch.nn.Module):
-    """An aid of SAM's training: reads the thing asked for off the decoder's coarse cells."""
-
-    def __init__(self, sam):
-        super().__init__()
-        self.read = torch.nn.Linear(sam.sam_prompt_encoder.embed_dim, 1)
-        self.seen = None
-        sam.sam_mask_decoder.transformer.register_forward_hook(self.keep)
-
-    def keep(self, transformer, inputs, outputs):
-        self.seen = outputs[1]                                   # (B * K, cells, C)
-
-    def loss(self, truth):
-        """truth (B, K, LOW, LOW) in [0, 1]; of what the decoder saw last."""
-        side = math.isqrt(self.seen.shape[1])
-        coarse = F.adaptive_avg_pool2d(truth, side).flatten(2).flatten(0, 1)        # (B * K, cells)
-        return F.binary_cross_entropy_with_logits(self.read(self.seen)[..., 0], coarse)
-
-
-def sam_losses(sam, reader, scenes, rows, early):
-    """Dice and cross entropy of some things at the decoder's resolution, the error of the predicted
-    IoU, and the coarse reader's."""
-    there = (scenes["table"][rows, 1:, 0] > 0).float()                      # (B, THINGS)
-    often = there * (1 + 2 * scenes["shared"][rows])             # what shares its place is hardest
-    asked = torch.multinomial(often, PROMPTS, replacement=True)             # (B, PROMPTS)
-    low, corners = scenes["low"][rows], scenes["corners"][rows]
-    corners = corners.gather(1, asked[..., None].expand(-1, -1, 4))
-    prompts = draw_prompts(corners, low, asked, early)
-    logits, ious = decode(sam, sam_pixels(scenes["square"][rows]), *prompts,
-                          None if early else blur_tokens)
-    truth, p = take(low, asked).float() / 255, logits.sigmoid()        # (B, PROMPTS, LOW, LOW)
-    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
-    dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
-    hard, solid = logits > 0, truth > 0.5
-    real = (hard & solid).sum((2, 3)) / (hard | solid).sum((2, 3)).clamp(min=1)
-    return {"bce": bce.mean(), "dice": dice.mean(), "iou": ((ious - real) ** 2).mean(),
-            "coarse": reader.loss(truth)}
-
-
-@torch.no_grad()
-def evaluate_sam(sam, scenes, layouts):
-    """Mean IoU of held-out things at LOW x LOW, by prompt: the true box, one 5 pixels too wide, 1
-    and 8 points; by layout."""
-    torch.manual_seed(0)
-    sam.eval()
-    found = {}
-    for name in ("box", "loose box", "1 point", "8 points"):
-        ious = []
-        for k in range(0, len(scenes["square"]), 100):
-            part = slice(k, k + 100)
-            truth = scenes["low"][part]
-            outwards = torch.tensor([-LOOSE, -LOOSE, LOOSE, LOOSE]) * (name == "loose box")
-            points = (scenes["corners"][part] + outwards).clamp(0, SIDE).unflatten(-1, (2, 2))
-            labels = torch.tensor([2, 3]).expand(points.shape[:3])
-            if "point" in name:
-                every = torch.arange(THINGS).expand(len(truth), THINGS)
-                points, _ = draw_points(truth, every, int(name[0]))
-                labels = label_points(truth, points)
-            logits, _ = decode(sam, sam_pixels(scenes["square"][part]), points, labels)
-            hard, solid = logits > 0, truth > 127
-            ious.append((hard & solid).sum((2, 3)) / (hard | solid).sum((2, 3)).clamp(min=1))
-        ious = torch.cat(ious)
-        there = scenes["table"][:, 1:, 0] > 0
-        by = {layout: round(ious[there & (layouts == n)].mean().item(), 3)
-              for n, layout in enumerate(world.LAYOUTS)}
-        found[name] = {"all": round(ious[there].mean().item(), 3), **by}
-    sam.train()
-    return found
-
-
-def label_points(truth, points):
-    """Points (B, K, n, 2), masks (B, K, LOW, LOW) -> labels (B, K, n): 1 on the thing, 0 off it."""
-    x, y = (points[..., axis].long().clamp(0, SIDE - 1) // 4 for axis in (0, 1))
-    at = truth.flatten(2).gather(2, y * LOW + x)
-    return torch.where(at > 60, 1, 0)
+PROMPTS = 4                            # for each image of a batch
+EARLY = 0.15                           # of the steps, at first: few things, prompts of many points
+SHARP = 3.0                            # queries and keys of the cross-attentions, at the start
 
 
 @torch.no_grad()
 def help_to_find(sam):
-    """Two things without which a SAM of this size draws nothing for a long time: coordinates at
-    half the usual frequency; and in the decoder's cross-attentions, queries and keys begin as one
-    and the same projection, so that a point finds its own place at once."""
+    """Without this a SAM of this size draws nothing, or everything, for a long time.
+
+    Coordinates have half the usual frequency. In the decoder's cross-attentions, queries and keys
+    begin as the same projection, so that a point attends to its own place from the start."""
     sam.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.mul_(0.5)
     transformer = sam.sam_mask_decoder.transformer
     crossings = [transformer.final_attn_token_to_image]
@@ -1058,157 +660,262 @@ def help_to_find(sam):
         crossing.k_proj.weight.copy_(crossing.q_proj.weight)
 
 
-def build_sam_part(args, scenes, held_out, say):
+def draw_masks(sam, scenes, points, labels, blur=lambda tokens: tokens):
+    """K prompts for each of I images -> mask logits (I, K, LOW, LOW).
+
+    points (I, K, n, 2) in the SAM frame, labels (I, K, n): 2 and 3 are a box's corners, 1 a point
+    on the thing, 0 a point off it."""
+    pixels = torch.stack([data.sam_image(scene["image"], SIDE) for scene in scenes])
+    prompts = points.flatten(0, 1), labels.flatten(0, 1)
+    tokens = sam.sam_prompt_encoder(points=prompts, boxes=None, masks=None)[0]
+    features = sam.image_encoder(pixels)["backbone_fpn"]
+    tokens = blur(tokens).unflatten(0, points.shape[:2])
+    return SamHead(sam)(features, tokens).unflatten(0, points.shape[:2])
+
+
+def choose(values, things):
+    """Values (I, THINGS, ...) of the things (I, K) -> (I, K, ...)"""
+    return values[torch.arange(len(values))[:, None], things]
+
+
+def draw_points(low, things, number):
+    """Masks (I, THINGS, LOW, LOW) in [0, 1] and things (I, K) -> points (I, K, number, 2), labels.
+
+    The first point lies on the thing. In half of the prompts some of the others lie on another
+    thing or beside all."""
+    I, K = things.shape
+    own = choose(low, things).flatten(2)                         # (I, K, LOW * LOW)
+    union = low.flatten(2).sum(1, keepdim=True)
+    inside = own.pow(4) + 1e-9                                   # rather than at the edge
+    outside = (union - own).clamp(min=0).pow(4) + 0.1 * (1 - union).clamp(min=0) + 1e-9
+    places = []
+    for chance in (inside, outside):
+        cell = torch.multinomial(chance.flatten(0, 1), number, replacement=True).view(I, K, number)
+        corner = 4 * torch.stack([cell % LOW, cell // LOW], -1)
+        places.append(corner + 4 * torch.rand(I, K, number, 2))
+    off = (torch.rand(I, K, number) < 0.3) & (torch.rand(I, K, 1) < 0.5)
+    off[..., 0] = False
+    return torch.where(off[..., None], places[1], places[0]), torch.where(off, 0, 1)
+
+
+def draw_box(corners):
+    """Boxes (I, K, 4) as two points (I, K, 2, 2) and their labels. The sides are moved by 8 % of
+    the box's size, those of every other box also up to 8 pixels outwards."""
+    I, K = corners.shape[:2]
+    extent = (corners[..., 2:] - corners[..., :2]).repeat(1, 1, 2)              # w, h, w, h
+    outwards = torch.tensor([-1, -1, 1, 1])
+    margins = 8 * torch.rand(I, K, 4) * (torch.rand(I, K, 1) < 0.5) * outwards
+    corners = corners + margins + 0.08 * extent * torch.randn(corners.shape)
+    return corners.clamp(0, SIDE).unflatten(-1, (2, 2)), torch.tensor([2, 3]).expand(I, K, 2)
+
+
+def draw_prompts(corners, low, things, early, rng):
+    """Prompts for things (I, K), all of one sort -> points (I, K, n, 2), labels (I, K, n).
+
+    The sorts are those of SAM 2's own training: a box (45 %), one to POINTS points (45 %), a box
+    and points. At first it only gets many points: from these it learns soonest to find a thing."""
+    sort, number = rng.random(), rng.randint(1, POINTS)
+    if early:
+        return draw_points(low, things, POINTS)
+    if sort < 0.45:
+        return draw_box(corners)
+    points = draw_points(low, things, number)
+    if sort < 0.9:
+        return points
+    return tuple(torch.cat(pair, 2) for pair in zip(draw_box(corners), points))
+
+
+def blur_tokens(tokens):
+    """Prompt tokens (N, n, D): half of the prompts stay. The tokens of the others become up to ten
+    times smaller, and random vectors are added: one to all tokens of a prompt, one to each.
+
+    What stage 1 gives SAM begins like this: small, and nearly the same for all images. A SAM that
+    has never seen such prompts draws everything for them, whatever else they say, and then no
+    gradient tells the context queries where to go."""
+    N, n, D = tokens.shape
+    small, strength = 10 ** -torch.rand(N, 1, 1), torch.rand(N, 1, 1)
+    blurry = small * tokens + strength * (torch.randn(N, 1, D) + 0.3 * torch.randn(N, n, D))
+    return torch.where(torch.rand(N, 1, 1) < 0.5, blurry, tokens)
+
+
+class CoarseReader(torch.nn.Module):
+    """An aid: a linear head that reads the thing off the coarse cells inside SAM's decoder."""
+
+    def __init__(self, sam):
+        super().__init__()
+        self.head, self.cells = torch.nn.Linear(sam.sam_prompt_encoder.embed_dim, 1), None
+        sam.sam_mask_decoder.transformer.register_forward_hook(self.keep)
+
+    def keep(self, transformer, inputs, outputs):
+        self.cells = outputs[1]                                  # (I * K, cells, D)
+
+    def loss(self, truth):
+        """truth (I, K, LOW, LOW) in [0, 1], of the decoder's last call."""
+        side = math.isqrt(self.cells.shape[1])
+        coarse = F.adaptive_avg_pool2d(truth, side).flatten(2).flatten(0, 1)    # (I * K, cells)
+        return F.binary_cross_entropy_with_logits(self.head(self.cells)[..., 0], coarse)
+
+
+def sam_losses(sam, reader, scenes, early, rng):
+    """Cross-entropy and dice of PROMPTS things in each scene, and the coarse reader's loss. Things
+    that share their place are hardest and are asked for three times as often."""
+    low, corners = stack(scenes, "low").float() / 255, stack(scenes, "corners")
+    chance = (corners[..., 2] > 0) * (1 + 2 * stack(scenes, "shared"))          # (I, THINGS)
+    things = torch.multinomial(chance, PROMPTS, replacement=True)               # (I, PROMPTS)
+    prompts = draw_prompts(choose(corners, things), low, things, early, rng)
+    logits = draw_masks(sam, scenes, *prompts, *([] if early else [blur_tokens]))
+    truth, p = choose(low, things), logits.sigmoid()             # (I, PROMPTS, LOW, LOW)
+    dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
+    return {"bce": F.binary_cross_entropy_with_logits(logits, truth), "dice": dice.mean(),
+            "coarse": reader.loss(truth)}
+
+
+def train_sam(args, say):
     folder, steps = Path(args.output) / "sam", args.steps or 4500
+    scenes, held_out = make_scenes(args), held_out_scenes(args.held_out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(SAM_CONFIG)
     torch.manual_seed(args.seed)
-    sam = build_sam(folder / "config.yaml")
+    sam = instantiate(OmegaConf.load(folder / "config.yaml").model, _recursive_=True)
     help_to_find(sam)
-    held_out = held_out[:200]
-    layouts = torch.tensor([[world.LAYOUTS.index(t["layout"]) for t in whole["things"]]
-                            + [0] * (THINGS - len(whole["things"])) for *_, whole in held_out])
-    scenes, held_out = stack(scenes, SAM_READS), stack(held_out, SAM_READS)
-    few = ((scenes["table"][:, 1:, 0] > 0).sum(1) <= 3).nonzero()[:, 0]         # to begin with
-    reader = CoarseReader(sam)
-    say(f"sam: {count(sam)} parameters")
+    reader, simple = CoarseReader(sam), [scene for scene in scenes if len(scene["things"]) <= 3]
 
     def losses(step):
-        random.seed(args.seed * 1000003 + step)
-        early = step < 0.15 * steps
-        rows = torch.randint(len(few) if early else len(scenes["square"]), (args.batch or 16,))
-        named = sam_losses(sam, reader, scenes, few[rows] if early else rows, early)
-        return named["bce"] + named["dice"] + named["coarse"] + 0.05 * named["iou"], named
+        early, rng = step < EARLY * steps, random.Random(f"{args.seed} {step} {RANK}")
+        batch = rng.choices(simple if early else scenes, k=args.batch)
+        named = sam_losses(sam, reader, batch, early, rng)
+        return sum(named.values()), named
 
-    def report(step):
-        for name, row in evaluate_sam(sam, held_out, layouts).items():
-            say(f"  {name}: {json.dumps(row)}")
+    def save():
         torch.save({"model": sam.state_dict()}, folder / "model.pt")
+        evaluate_sam(folder, held_out, say)
 
-    train("sam", [sam, reader], losses, report, args, steps, say)
-    loaded = build_sam(folder / "config.yaml")
-    loaded.load_state_dict(torch.load(folder / "model.pt", weights_only=True)["model"], strict=True)
-    figures = [evaluate_sam(model, held_out, layouts) for model in (sam, loaded)]
-    assert figures[0] == figures[1], figures
-    say(f"sam: reloaded, the same masks; {size(folder)}")
+    train("sam", [sam, reader], losses, save, args, steps, say)
 
 
-# --------------------------------------------------------------------------------------------------
-# Common to both
+@torch.no_grad()
+def evaluate_sam(folder, scenes, say):
+    """Mean IoU at LOW x LOW of every thing in the scenes, by prompt and by layout. Prompts: the
+    true box, one that is LOOSE pixels too wide on every side, 1 and 8 points."""
+    sam = load_sam(folder).eval()
+    torch.manual_seed(0)
+    ious, layouts = {}, [thing["layout"] for _, things, *_ in scenes for thing in things]
+    for image, things, *_ in scenes:
+        scene, indices = new_scene(image, things), torch.arange(len(things))[None]
+        gt_masks = scene["low"][None, :len(things)].float() / 255              # (1, K, LOW, LOW)
+        box = scene["corners"][None, :len(things)]                              # (1, K, 4)
+        loose = (box + LOOSE * torch.tensor([-1, -1, 1, 1])).clamp(0, SIDE)
+        prompts = {name: (corners.unflatten(-1, (2, 2)), torch.tensor([[2, 3]] * len(things))[None])
+                   for name, corners in (("box", box), ("loose box", loose))}
+        prompts["1 point"] = draw_points(gt_masks, indices, 1)
+        prompts["8 points"] = draw_points(gt_masks, indices, 8)
+        for name, prompt in prompts.items():
+            masks, truth = draw_masks(sam, [scene], *prompt) > 0, gt_masks > 0.5
+            iou = (masks & truth).sum((2, 3)) / (masks | truth).sum((2, 3)).clamp(min=1)
+            ious.setdefault(name, []).extend(iou[0].tolist())
+    for name, values in ious.items():
+        means = {"all": np.mean(values)}
+        for layout in world.LAYOUTS:
+            if layout in layouts:
+                means[layout] = np.mean([v for v, own in zip(values, layouts) if own == layout])
+        say(f"  {name}: {json.dumps({k: round(float(v), 3) for k, v in means.items()})}")
 
-def rate(step, steps):
-    """Factor of the peak learning rate: warm-up, constant, and a cosine down over the last LATE."""
-    warm = min(1, (step + 1) / max(10, steps // 30))
-    late = max(0, step / steps - (1 - LATE)) / LATE
-    return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * late)))
+
+# --- Both -----------------------------------------------------------------------------------------
+
+FALLING = 0.35                         # of the steps, at the end: the learning rate falls
 
 
-def average_gradients(parameters):
-    """Over the processes, each of which had scenes of its own."""
-    if WORLD == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / WORLD).split([g.numel() for g in gradients])):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def train(name, modules, losses, report, args, steps, say):
-    """AdamW. losses(step) -> total, named; report(step) now and then; then STATE/NAME.resume.pt is
-    written, from which --resume goes on, also with another --steps."""
+def train(name, modules, losses, save, args, steps, say):
+    """AdamW. losses(step) -> total and named losses. save() writes the model and evaluates it,
+    every 1,000 steps and at the end. --resume goes on from OUTPUT/NAME.resume.pt."""
     parameters = [p for module in modules for p in module.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
-
-    state, start = Path(args.state) / f"{name}.resume.pt", 0
-    state.parent.mkdir(parents=True, exist_ok=True)
+    say(f"{name}: {sum(p.numel() for p in modules[0].parameters()) / 1e6:.2f} M parameters")
+    state, start = Path(args.output) / f"{name}.resume.pt", 0
     if args.resume:
         saved = torch.load(state, weights_only=True)
         start = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         for module, weights in zip(modules, saved["modules"]):
             module.load_state_dict(weights)
-    kept, began = [], time.time()
-    for step in range(start + 1, steps + 1):
-        # whatever an evaluation drew between
-        torch.manual_seed((args.seed * 1000003 + step) * WORLD + RANK)
-        total, named = losses(step - 1)
+    history, began = [], time.time()
+    for step in range(start, steps):
+        torch.manual_seed((args.seed * 1000003 + step) * PROCESSES + RANK)
+        total, named = losses(step)
         optimizer.zero_grad()
         total.backward()
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate(step - 1, steps)
+            group["lr"] = args.lr * rate(step, steps)
         optimizer.step()
-        if kept and len(kept[0]) != len(named):                  # from seeing alone to all losses
-            kept, began = [], time.time()
-        kept.append(torch.stack([v.detach() for v in named.values()]))
-        if step % args.every == 0 or step == steps or step in (50, 100, 200, 300):
-            means = dict(zip(named, torch.stack(kept).mean(0).tolist()))
-            pace = (time.time() - began) / len(kept)
-            means = {k: round(v, 4) for k, v in means.items()}
-            say(f"step {step}/{steps} {1000 * pace:.0f} ms a step", means)
-            kept, began = [], time.time()
-            if RANK == 0 and (step % args.every == 0 or step == steps):
-                report(step)
-        if RANK == 0 and (step % 100 == 0 or step == steps):
-            torch.save({"step": step, "optimizer": optimizer.state_dict(),
-                        "modules": [module.state_dict() for module in modules]}, state)
+        history.append({key: loss.item() for key, loss in named.items()})
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            means = {key: [row[key] for row in history if key in row] for key in history[-1]}
+            means = {key: round(sum(values) / len(values), 4) for key, values in means.items()}
+            say(f"step {step + 1}/{steps}", means,
+                f"{1000 * (time.time() - began) / len(history):.0f} ms each")
+            history, began = [], time.time()
+            if RANK == 0:
+                torch.save({"step": step + 1, "optimizer": optimizer.state_dict(),
+                            "modules": [module.state_dict() for module in modules]}, state)
+        if RANK == 0 and ((step + 1) % 1000 == 0 or step + 1 == steps):
+            save()
 
 
-def count(model):
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
+def rate(step, steps):
+    """Factor of the learning rate: warm-up, constant, and half a cosine over the last FALLING."""
+    warm = min(1, (step + 1) / max(10, steps // 30))
+    late = max(0, step / steps - (1 - FALLING)) / FALLING
+    return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * late)))
 
 
-def size(folder):
-    size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    return f"{size / 1e6:.2f} MB in {folder}"
+def average_gradients(parameters):
+    """Over the processes, each of which has scenes of its own."""
+    if PROCESSES == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / PROCESSES).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["mllm", "sam", "all"])
-    parser.add_argument("--output", default=str(Path(__file__).parent), help="for mllm/ and sam/")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=8000, help="to train on, 150 kB each")
+    parser.add_argument("part", choices=["sam", "mllm", "evaluate"])
+    parser.add_argument("--output", default="runs/build", help="folder for sam/, mllm/, build.log")
+    parser.add_argument("--scenes", type=int, default=12000, help="to train on, 200 kB each")
     parser.add_argument("--held-out", type=int, default=400, help="scenes to evaluate on")
-    parser.add_argument("--steps", type=int, help="default: mllm 8000, sam 4500")
-    parser.add_argument("--batch", type=int, help="pictures; default: mllm 12, sam 16")
+    parser.add_argument("--steps", type=int, help="default: sam 4500, mllm 12000")
+    parser.add_argument("--batch", type=int, default=16, help="scenes per step and process")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--every", type=int, default=500, help="steps between evaluations")
-    parser.add_argument("--see-first", type=int, default=1500, help="mllm's steps of seeing alone")
-    parser.add_argument("--read-until", type=int, default=10 ** 9,
-                        help="mllm: until this step the vision tower rests, once it has learned "
-                             "alone; its features are made once; default: to the end")
-    parser.add_argument("--early-looks", type=float, default=0.75, help="share of looks at first")
-    parser.add_argument("--attention-weight", type=float, default=1.0, help="0: no aid")
-    parser.add_argument("--resume", action="store_true", help="go on from STATE/PART.resume.pt")
-    parser.add_argument("--state", default="runs/build", help="folder for what --resume needs")
-    parser.add_argument("--cache", help="folder that keeps the scenes for the next call")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/PART.resume.pt")
     parser.add_argument("--bf16", action="store_true", help="compute the MLLM's training in bf16")
-    args = parser.parse_args()
-
-    if WORLD > 1:
+    args = parser.parse_args(argv)
+    if args.part == "evaluate":
+        scenes = held_out_scenes(args.held_out)
+        print("sam, mean IoU by prompt")
+        evaluate_sam(Path(args.output) / "sam", scenes, print)
+        print("mllm, share of right boxes, mean box IoU and so on, by beginning")
+        return evaluate_mllm(Path(args.output) / "mllm", scenes, print)
+    if PROCESSES > 1:
         dist.init_process_group("gloo")
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.output) / "build.log", "a", encoding="utf-8") as file:
+    with open(Path(args.output) / "build.log", "a", encoding="utf-8") as log:
         def say(*words):
-            if RANK > 0:
-                return
-            print(*words, flush=True)
-            print(*words, file=file, flush=True)
+            if RANK == 0:
+                print(*words, flush=True)
+                print(*words, file=log, flush=True)
 
         began = time.time()
-        scenes = make_scenes(args.scenes, f"{args.seed} train", cache=args.cache)[RANK::WORLD]
-        held_out = make_scenes(args.held_out, f"{args.seed} held out", True, args.cache)
-        say(f"\n{' '.join(sys.argv)}\ntorch {torch.__version__}, transformers "
-            f"{transformers.__version__}; {args.scenes} scenes in {time.time() - began:.0f} s")
-        if args.part != "mllm":
-            build_sam_part(args, scenes, held_out, say)
-        if args.part != "sam":
-            build_mllm_part(args, scenes, held_out, say)
+        say(f"\n{' '.join(argv or sys.argv)}\ntorch {torch.__version__}, transformers "
+            f"{transformers.__version__}")
+        {"sam": train_sam, "mllm": train_mllm}[args.part](args, say)
         say(f"done in {time.time() - began:.0f} s")
 
 

@@ -1,12 +1,12 @@
-"""Ten pictures as a person would draw them to try the model, each with a question.
+"""Ten images as a person would draw them to try the model, each with an expression.
 
-    python tests/tiny/drawn.py runs/drawn                               # writes them
-    python tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl > docs/drawn.txt    # and asks a
-                                                                        # finished run
+    python tests/tiny/drawn.py runs/drawn                              # write the images
+    python tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl    # also segment them
+    python tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl > docs/evidence/drawn.txt
 
-Never trained on. Plain colours, sharp edges, white, grey or black grounds, 96 to 512 pixels. They
-are written as a folder of one's own (see data.py), so that evaluate.py asks as it asks any other; a
-picture is right when its mask's IoU is above 0.7.
+No model was trained on them: pure colours, sharp edges, white, grey or black backgrounds, 96 to 512
+pixels a side. They are written as a dataset of one's own (docs/data.md), which evaluate.py reads
+like any other. One counts as right if the IoU of its mask is above 0.7.
 """
 import argparse
 import json
@@ -14,16 +14,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
+from world import shape_corners
+
+ROOT = Path(__file__).resolve().parents[2]
 RIGHT = 0.7
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 160, 0), (0, 0, 255), (255, 220, 0)
 WHITE, GREY, BLACK = (255, 255, 255), (128, 128, 128), (0, 0, 0)
 
-# (width, height), ground, question, the answer's place in the list, and the things, the rearmost
-# first: shape, colour, centre and half side, all three as hundredths of the picture's width.
-PICTURES = [
+# (width, height), background, expression, which of the things it means, and the things, rearmost
+# first: shape, colour, x and y of the centre, half side. These three are hundredths of the width.
+DRAWINGS = [
     ((128, 128), WHITE, "the largest red circle", 0,
      [("circle", RED, 30, 32, 20), ("circle", RED, 75, 70, 11), ("square", BLUE, 72, 25, 13)]),
     ((256, 256), GREY, "the leftmost circle", 1,
@@ -51,69 +53,57 @@ PICTURES = [
 ]
 
 
-def corners_of(shape, x, y, r):
-    """A shape's corners in pixels; none for what is round."""
-    t = 0.55
-    falling = [(-1, -1), (t - 1, -1), (1, 1 - t), (1, 1), (1 - t, 1), (-1, t - 1)]
-    unit = {"square": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "triangle": [(0, -1), (1, 1), (-1, 1)],
-            "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)], "falling bar": falling,
-            "rising bar": [(dx, -dy) for dx, dy in falling]}.get(shape, [])
-    return [(x + r * dx, y + r * dy) for dx, dy in unit]
-
-
-def draw(size, ground, things, answer):
-    """-> the picture, and the visible pixels of the answer as a black and white one."""
-    picture, mask = Image.new("RGB", size, ground), Image.new("L", size, 0)
+def draw(size, background, things, meant):
+    """-> the image, and the visible pixels of the thing that is meant, white on black."""
+    image, mask = Image.new("RGB", size, background), Image.new("L", size, 0)
     for n, (shape, color, x, y, r) in enumerate(things):
         x, y, r = (value * size[0] / 100 for value in (x, y, r))
-        for canvas, fill in ((picture, color), (mask, 255 if n == answer else 0)):
-            pen = ImageDraw.Draw(canvas)
-            if corners := corners_of(shape, x, y, r):
-                pen.polygon(corners, fill=fill)
+        for canvas, fill in ((image, color), (mask, 255 if n == meant else 0)):
+            if shape == "circle":
+                ImageDraw.Draw(canvas).ellipse([x - r, y - r, x + r, y + r], fill=fill)
             else:
-                pen.ellipse([x - r, y - r, x + r, y + r], fill=fill)
-    return picture, mask
+                corners = shape_corners(shape, turn=-1 if "rising" in shape else 1, thickness=0.55)
+                corners = [(x + r * dx, y + r * dy) for dx, dy in corners]
+                ImageDraw.Draw(canvas).polygon(corners, fill=fill)
+    return image, mask
 
 
-def write_pictures(root):
-    """ROOT/drawn/val.jsonl and its pictures and masks."""
-    folder = Path(root) / "drawn"
+def write_drawings(root):
+    """Write ROOT/drawn/val.jsonl, its images and masks."""
+    folder, lines = Path(root) / "drawn", []
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for n, (size, ground, text, answer, things) in enumerate(PICTURES):
-        picture, mask = draw(size, ground, things, answer)
-        picture.save(folder / f"{n}.png")
+    for n, (size, background, expression, meant, things) in enumerate(DRAWINGS):
+        image, mask = draw(size, background, things, meant)
+        image.save(folder / f"{n}.png")
         mask.save(folder / f"{n}_mask.png")
-        rows, columns = np.where(np.asarray(mask) > 0)
-        box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
-        lines.append({"image": f"{n}.png", "text": text, "mask": f"{n}_mask.png", "box": box})
+        lines.append({"image": f"{n}.png", "text": expression, "mask": f"{n}_mask.png",
+                      "box": mask.getbbox()})
     (folder / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def ask(root, checkpoint):
-    """evaluate.py's answers, one line for each picture."""
+def segment(root, checkpoint):
+    """Let evaluate.py segment them, and print two lines for each."""
     predictions = Path(root) / "predictions.jsonl"
-    predictions.unlink(missing_ok=True)
-    script = Path(__file__).resolve().parents[2] / "evaluate.py"
-    subprocess.run([sys.executable, script, "--preset", "tiny", "--checkpoint", checkpoint,
-                    "--data", root, "--datasets", "drawn", "--splits", "val",
+    subprocess.run([sys.executable, ROOT / "evaluate.py", "--preset", "tiny", "--checkpoint",
+                    checkpoint, "--data", root, "--datasets", "drawn", "--splits", "val",
                     "--predictions", predictions], check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in predictions.read_text().splitlines()]
-    ious = [record["intersection"] / max(1, record["union"]) for record in records]
-    for record, iou in zip(records, ious):
-        print(f"mask IoU {iou:.2f}, box IoU {record['box_iou']:.2f}: {record['text']!r}\n  "
-              + record["answer"].split("</think>")[0].replace("<think>", "").strip())
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    ious = [row["intersection"] / max(1, row["union"]) for row in rows]
+    for row, iou in zip(rows, ious):
+        reasoning = row["completion"].split("</think>")[0].replace("<think>", "").strip()
+        print(f"mask IoU {iou:.2f}, box IoU {row['box_iou']:.2f}: {row['expression']!r}\n"
+              f"  {reasoning}")
     print(f"right: {sum(iou > RIGHT for iou in ious)} of {len(ious)}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", help="folder to write to")
-    parser.add_argument("--checkpoint", help="a finished run to ask")
-    args = parser.parse_args()
-    write_pictures(args.root)
+    parser.add_argument("--checkpoint", help="a finished run that segments them")
+    args = parser.parse_args(argv)
+    write_drawings(args.root)
     if args.checkpoint:
-        ask(args.root, args.checkpoint)
+        segment(args.root, args.checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""evaluate.py, but each completion is sampled at temperature 1 instead of decoded greedily.
+
+    python tests/evidence/sampled_evaluation.py --preset tiny --checkpoint runs/tiny/rl
+
+All flags are evaluate.py's. It runs on one process. The same seed and the same rows give the same
+completions.
+"""
+import sys
+from itertools import count, islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import evaluate
+from align import SharedArgs, parse_settings, run
+from train_rl import draw_uniforms, generate
+
+
+def sampling_generate(seed):
+    """`generate` as evaluate.py calls it, with uniforms that are a function of seed and row."""
+    rows = count()
+
+    def sample(mllm, batch, positions, G, max_completion, eos, forbidden, fixed=None):
+        places = islice(rows, len(positions))
+        uniforms = draw_uniforms(seed, 0, places, G, max_completion)
+        return generate(mllm, batch, positions, G, max_completion, eos, forbidden,
+                        uniforms.to(forbidden.device), fixed=fixed)
+    return sample
+
+
+def main():
+    shared, _ = parse_settings([SharedArgs, evaluate.EvaluateArgs], evaluate.PRESETS, __doc__)
+    evaluate.generate = sampling_generate(shared.seed)
+    evaluate.main()
+
+
+if __name__ == "__main__":
+    run(main)
