@@ -1,6 +1,6 @@
 """Stage 1, alignment (Eq. 5): the context queries and the connector learn to prompt SAM 2.
 
-    python tests/tiny/world.py runs/shapes                   # the laptop's images, once
+    python tests/tiny/world.py runs/shapes                   # draw the laptop's images, once
     torchrun --nproc_per_node=2 align.py --preset tiny       # on a laptop, in minutes
     torchrun --nproc_per_node=16 align.py                    # the paper's settings (Table A1)
     torchrun --nproc_per_node=16 align.py --resume           # go on after an interruption
@@ -9,9 +9,9 @@ The MLLM and SAM 2 are frozen. Only the queries Q and the connector train, by th
 
     L_align = L_seg(P_seg, M_gt)                                                              (5)
 
-The queries must have a completion to read. RefCOCO holds no reasoning texts, so stage 1 writes one
-itself: an answer block with the ground-truth box, without a think block. This is the forced
-completion, as in the released code.
+P_seg are the mask logits, M_gt is the ground truth. The queries must have a completion to read, but
+RefCOCO holds no reasoning. So stage 1 makes one up, the forced completion: an answer block with the
+ground-truth box, and no think block. The released code does the same.
 
 The first part of this file is stage 1. The second part is what both stages share: settings,
 processes, the update, metrics, checkpoints.
@@ -42,23 +42,23 @@ from transformers.hf_argparser import HfArgumentParser
 
 from data import (Collator, LensError, TrainingStream, fingerprint, read_records, rescale_box,
                   select, take_evenly, to_device, training_batches, write_whole)
-from model import (INHERITED, build_lens, context_positions, export, prefill, prompt_positions,
+from model import (ARCHITECTURE, build_lens, context_positions, export, prefill, prompt_positions,
                    read_run, set_trainable, shard)
 from rewards import answer_text, mask_iou
 
 
 def segmentation_loss(mask_logits, gt, weights=None):
-    """L_seg of Eqs. 5 and 12: dice loss + binary cross-entropy, at equal weights as in the released
-    code (the paper says "e.g. dice, focal"). -> (N,)
+    """L_seg of Eqs. 5 and 12: dice loss + binary cross-entropy, 1 : 1 as in the released code (the
+    paper says "e.g. dice, focal"). -> (N,)
 
-    mask_logits (N, h, w), at the decoder's resolution S/4. gt (N, h, w) in [0, 1]: the ground truth
-    averaged down to it. weights (N, h, w) in [0, 1]: the share of each cell that is not ignored;
-    where all of a mask is ignored its loss is 0.
+    mask_logits (N, h, w): one logit for each cell of SAM's S/4 x S/4 grid. gt (N, h, w) in [0, 1]:
+    the ground truth averaged over these cells. weights (N, h, w) in [0, 1]: how much of a cell is
+    not ignored. A mask that is all ignored has loss 0.
     """
     weights = torch.ones_like(gt) if weights is None else weights
     p = mask_logits.sigmoid()
     overlap = (weights * p * gt).sum((1, 2))
-    dice = 1 - (2 * overlap + 1) / ((weights * (p + gt)).sum((1, 2)) + 1)
+    dice = 1 - (2 * overlap + 1) / ((weights * (p + gt)).sum((1, 2)) + 1)  # + 1 for empty masks
     bce = F.binary_cross_entropy_with_logits(mask_logits, gt, reduction="none")
     return dice + (weights * bce).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1)
 
@@ -71,7 +71,7 @@ def forced_completions(lens, batch, tokenizer):
                                             batch["mllm_frames"], batch["expressions"]):
         box = rescale_box(box, mask.shape[::-1], frame)  # image frame -> MLLM frame
         text = answer_text(box, expression, prompt=lens.prompt)
-        if lens.opening:  # the prompt has opened a think block
+        if lens.opening:  # the prompt has opened a think block: close it, empty
             text = f"</think>\n{text}"
         completions.append(torch.tensor(tokenizer(text).input_ids + [lens.eos]))
     return completions
@@ -79,16 +79,17 @@ def forced_completions(lens, batch, tokenizer):
 
 def align_step(lens, batch, completions, world, args):
     """Forward and backward of one micro-batch. Gradients add up over the micro-batches of a step.
-    -> tensor (3,): sums of loss and mask IoU, number of rows that have a mask"""
+    -> tensor (3,): sums of loss and mask IoU (at S/4), number of prompts that have a mask"""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.mask_pass)
-    with torch.no_grad():  # nothing before the queries is trained
+    with torch.no_grad():  # nothing before the queries is trained, and the MLLM is not sharded
         prefilled = prefill(lens.mllm, batch, positions, completions)
     mask_logits = lens.align_forward(prefilled, lens.encode_images(batch["sam_pixels"]))
     gt, weights = batch["low_res_masks"], batch["low_res_weights"]
     loss = segmentation_loss(mask_logits, gt, weights).sum()
-    (loss * world / args.batch).backward()  # FSDP averages over ranks: now the mean over the batch
-    iou = mask_iou(mask_logits > 0, gt > 0.5, weights < 0.5)
-    has_mask = weights.flatten(1).any(1)  # a row whose ground truth is a box alone has none
+    # each rank has a share of the batch, and FSDP averages over ranks: this gives the batch's mean
+    (loss * world / args.batch).backward()
+    iou = mask_iou(mask_logits > 0, gt > 0.5, ignore=weights < 0.5)
+    has_mask = weights.flatten(1).any(1)  # False where the ground truth is a box: all is ignored
     return torch.stack([loss.detach(), (iou * has_mask).sum(), has_mask.sum()])
 
 
@@ -97,11 +98,11 @@ def main():
     rank, world, device, mesh = start_processes(shared, args.shard)
     records = take_evenly(read_records(shared.data, shared.datasets, ["train"]), shared.limit)
     total = plan_steps(args, world, len(records))
-    folder = open_output(args, (shared, args), records, rank)
+    folder = open_output(shared, args, records, rank)
     compute = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     lens, processor = build_lens(shared, args.init, compute)
     frozen = set_trainable(lens, "align")
-    lens.train().sam.eval()  # SAM is frozen; its mode matters to --mask-pass released alone
+    lens.sam.eval()  # matters to --mask-pass released alone, see Lens
     shard(lens, mesh, shared.precision, frozen, args.offload)
     trained = [p for p in lens.parameters() if p.requires_grad]
     optimizer = make_optimizer([{"params": trained, "peak_lr": args.lr}], args, device)
@@ -126,13 +127,9 @@ def main():
         factor = learning_rate(step, total, args.warmup, "cosine")
         norm = apply_update(lens, optimizer, factor, args, loss, step)
         row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm,
-               "lr": args.lr * factor, "seconds": round(time.time() - began, 3)}
+               "lr": args.lr * factor, "seconds": round(time.time() - began, 3)}  # loading too
         began = time.time()
         metrics.write(row, ("loss", "mask_iou"))
-        if step % LOG_EVERY == 0:
-            text = processor.tokenizer.decode(completions[0], skip_special_tokens=True)
-            metrics.say(f"step {step + 1}: loss {loss:.3f}, mask IoU {iou:.3f}\n"
-                        f"  {batch['expressions'][0]!r} -> {text!r}")
         if end_of_step(folder, step + 1, total, lens, optimizer, args, received, metrics):
             return
     export(folder, lens, shared)
@@ -153,14 +150,15 @@ def flag(default, help):
 @dataclass
 class SharedArgs:
     """The flags of every script. A finished run keeps them as lens.json."""
-    preset: Literal["", "tiny", "2b", "3b"] = flag("", "default values for a whole setup")
+    preset: Literal["", "tiny", "2b", "3b"] = flag(
+        "", "tiny: defaults for a laptop; 2b, 3b: which MLLM (3b is the default)")
     profile: Literal["paper", "released"] = flag(
         "paper", "whose choices are the default where paper and released code differ")
     mllm: str = flag("Qwen/Qwen2.5-VL-3B-Instruct",
                      "Hugging Face id or folder of the multimodal LLM")
     sam: str = flag("weights/sam2_hiera_large.pt",
-                    "SAM 2 or 2.1: a checkpoint under its official name, a hub id "
-                    "(facebook/sam2.1-hiera-large) or a folder (config.yaml, model.pt)")
+                    "SAM 2 or 2.1: a checkpoint under its official file name, or a folder "
+                    "(config.yaml, model.pt)")
     num_queries: int = flag(64, "M, the number of context queries (Table 3)")
     connector: Literal["vit", "mlp"] = flag("vit", "kind of the connector (Table 4)")
     sam_tokens: Literal["all", "one"] = flag(
@@ -181,8 +179,8 @@ class SharedArgs:
         "bf16", "precision in which the MLLM and SAM's image encoder compute")
     compile: Literal["auto", "on", "off"] = flag(
         "auto", "compile the decoding step; auto compiles on GPUs")
-    limit: int = flag(0, "use only so many training objects or evaluation rows, taken evenly; 0 "
-                         "uses all")
+    limit: int = flag(0, "use only this many training objects or evaluation rows, taken evenly; "
+                         "0 uses all")
     seed: int = flag(42, "seed of everything random: data order, initial weights, samples")
     workers: int = flag(4, "processes that load images")
 
@@ -213,7 +211,7 @@ class TrainArgs:
     def __post_init__(self):
         at_least(1, self, "batch", "micro_batch", "epochs", "save_every")
         at_least(0, self, "steps", "warmup")
-        if not self.lr > 0 or not 0 < self.adam_beta2 < 1:
+        if not (self.lr > 0 and 0 < self.adam_beta2 < 1):
             raise LensError("--lr must be positive, --adam-beta2 between 0 and 1")
 
 
@@ -224,30 +222,34 @@ def at_least(lowest, args, *names):
                             f"{getattr(args, name)}")
 
 
-LOG_EVERY, KEEP_CHECKPOINTS, MAX_GRAD_NORM = 10, 2, 1.0
-MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}, "3b": {"mllm": SharedArgs.mllm}}
+MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}}
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", data="runs/shapes", datasets=["shapes"],
             num_queries=8, max_completion=104, precision="fp32", workers=0)
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=16, steps=400,
                         lr=1e-3, warmup=10, save_every=50)}
 PROFILES = {"paper": {}, "released": dict(
-    prompt="released", mask_pass="released", sam_tokens="one", iou_power=2.0, deviation="sample",
-    lambda_format=0.0)}
+    prompt="released", mask_pass="released", sam_tokens="one",
+    iou_power=2.0, deviation="sample", lambda_format=0.0)}  # these three are train_rl.py's alone
+
+
+# The settings that stage 2 takes over from stage 1
+INHERITED = (*ARCHITECTURE, "profile", "mllm", "sam", "prompt", "mask_pass", "max_pixels")
 
 
 def parse_settings(classes, presets, description):
     """The command line -> one instance of each dataclass.
 
     A flag wins over what an earlier run remembers, that over --profile, that over --preset, and
-    that over the default of the class. An unknown flag or a value out of range ends with one line.
+    that over the default of the class. An unknown flag or a value out of range ends with the usage
+    and one line.
     """
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
-    early = parser.parse_args()
+    early = parser.parse_args()  # each parse sees the defaults set so far, the weakest first
     parser.set_defaults(**{**MODELS, **presets}.get(early.preset, {}))
     parser.set_defaults(**PROFILES[early.profile])
     try:
         parser.set_defaults(**remembered_settings(parser.parse_args()))
-        values = vars(parser.parse_args())
+        values = vars(parser.parse_args())  # it may hold defaults for which there is no flag here
         return [cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in classes]
     except LensError as error:
         parser.error(str(error))
@@ -255,14 +257,14 @@ def parse_settings(classes, presets, description):
 
 def remembered_settings(flags):
     """What the run that is evaluated, resumed or started from remembers: {name: value}."""
-    if getattr(flags, "checkpoint", ""):
+    if getattr(flags, "checkpoint", ""):  # evaluate.py's flag; the two are each evaluation's own
         return without(read_run(flags.checkpoint), "limit", "compile")
     if getattr(flags, "resume", False):
         path = Path(flags.output) / "settings.json"
-        return without(json.loads(path.read_text()), "resume") if path.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
     init = getattr(flags, "init", "")
     if init and (Path(init) / "lens.json").exists():
-        saved = read_run(init)  # stage 2 goes on with what stage 1 was trained with
+        saved = read_run(init)  # it has no flags of stage 2; its profile supplies their defaults
         return {**PROFILES[saved["profile"]], **{name: saved[name] for name in INHERITED}}
     return {}
 
@@ -278,14 +280,15 @@ def run(main):
     try:
         main()
     except LensError as error:
-        # what a loader's process raises arrives with its traceback as text; the message is last
+        # an error in a loader process arrives with its traceback as text; the message is last
         message = str(error).rpartition("LensError: ")[2].strip()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
     except OSError as error:
+        # disk full, quota used up, not permitted, read-only
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    finally:  # loader processes ignore SIGTERM: after an error Python would wait for them forever
+    finally:  # Python would wait for the loader processes, which ignore SIGTERM
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when they end
         for loader in multiprocessing.active_children():
             loader.kill()
@@ -309,15 +312,18 @@ def choose_device(shared):
 
 
 def start_processes(shared, kind="full"):
-    """-> rank, world size, device, mesh. torchrun starts N processes; without it there is one, and
-    it runs the same code. The mesh of kind "hybrid" is (machines, processes of a machine): shards
-    lie within a machine, copies between machines."""
+    """Join the processes that torchrun has started. Without it there is one, which runs the same
+    code. -> rank, world size, device, mesh
+
+    The mesh of kind "hybrid" is (machines, processes of a machine): shards lie within a machine,
+    copies between machines."""
     device = choose_device(shared)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # where bf16 is allowed, what stays in fp32 (SAM's head) may use TF32
         torch.backends.cudnn.allow_tf32 = shared.precision == "bf16"
         torch.set_float32_matmul_precision("high" if shared.precision == "bf16" else "highest")
+    # gloo for what is on the CPU: signals, checkpoints
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
@@ -339,16 +345,16 @@ def watch_signals():
     """
     received = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, lambda arrived, frame: received.append(arrived))
     return received
 
 
 # --- The run and its update -----------------------------------------------------------------------
 
-def open_output(args, settings, records, rank):
+def open_output(shared, args, records, rank):
     """-> the run's folder, with settings.json in it. A run that has saved something is never
-    overwritten, it resumes only on the data that it began with, and all machines must see one and
-    the same folder."""
+    overwritten. It resumes only on the data that it began with. All machines must see the same
+    folder. LensError otherwise."""
     folder = Path(args.output)
     checkpoints = list((folder / "checkpoints").glob("step_*"))
     if (checkpoints or (folder / "lens.json").exists()) and not args.resume:
@@ -358,20 +364,16 @@ def open_output(args, settings, records, rank):
         raise LensError(f"--resume: no checkpoint in {folder / 'checkpoints'}. Name the --output "
                         f"of a run that saved one, or start again without --resume.")
     path, data = folder / "settings.json", fingerprint(records)
-    if args.resume and path.exists():
-        before = json.loads(path.read_text()).get("data_fingerprint", data)
-        if before != data:
-            raise LensError(f"{folder} was trained on other data: the training records have "
-                            f"changed since (fingerprint {before}, now {data}). Restore them, or "
-                            f"start a new run with --init.")
-    together = {name: value for part in settings for name, value in asdict(part).items()}
-    together = json.dumps({**together, "data_fingerprint": data}, indent=2)
+    if args.resume and path.exists() and json.loads(path.read_text())["data_fingerprint"] != data:
+        raise LensError(f"{folder} was trained on other data: the training records have changed "
+                        f"since. Restore them, or start a new run in another --output.")
+    settings = json.dumps({**asdict(shared), **asdict(args), "data_fingerprint": data}, indent=2)
     dist.barrier()  # nobody writes before all have looked
     try:
         if rank == 0:
-            write_whole(path, together)
+            write_whole(path, settings)
         dist.barrier()
-        if path.read_text() != together:
+        if path.read_text() != settings:  # on other storage it is missing, or an older run's
             raise OSError("it holds the settings of another run")
     except OSError as error:
         raise LensError(f"--output {folder}: this process cannot use it ({error}). It must be a "
@@ -383,39 +385,41 @@ def plan_steps(args, world, objects):
     """-> the number of steps of the whole run. LensError if a batch does not split evenly."""
     unit = world * args.micro_batch
     if args.batch % unit:
-        above = args.batch // unit * unit + unit
-        fits = f"{above - unit}, {above}" if above > unit else above
         raise LensError(f"--batch {args.batch} does not split over {world} processes in "
-                        f"micro-batches of {args.micro_batch}: take {fits} or another multiple of "
-                        f"{unit}.")
+                        f"micro-batches of {args.micro_batch}: take a multiple of {unit}.")
     return args.steps or max(1, args.epochs * objects // args.batch)
 
 
 def make_optimizer(groups, args, device):
     """AdamW over [{"params", "peak_lr"}], without weight decay."""
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=0.0,
+    return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), weight_decay=0.0,
                              fused=device.type == "cuda" and not args.offload)
 
 
 def learning_rate(step, total, warmup, shape):
-    """The share of the peak rate: linear warm-up, then "cosine" (stage 1) or "linear" down to 0."""
+    """The factor on the peak learning rates in `step`, counted from 0: linear warm-up, then
+    "cosine" (stage 1) or "linear" down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
 
 
+MAX_GRAD_NORM = 1.0
+
+
 def apply_update(lens, optimizer, factor, args, loss, step):
     """Clip the gradients, update, clear the gradients. `factor` scales the peak rate of each
     parameter group. -> the gradient norm before clipping
 
-    NaN and infinity must not reach the weights. If one appears, the run ends here with LensError,
-    and its last checkpoint is still good.
+    NaN and infinity must not reach the weights. If the loss or the norm of `step` (counted from 0)
+    is not finite, the run ends here with LensError, and its last checkpoint is still good.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     trained = [p for p in lens.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).full_tensor().item()
+    norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+    norm = norm.full_tensor().item()  # over the shards of all ranks
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise LensError(f"step {step + 1}: the loss is {loss}, the gradient norm {norm}; stopped "
                         f"before the update. {args.output}/checkpoints holds the last good state, "
@@ -426,14 +430,13 @@ def apply_update(lens, optimizer, factor, args, loss, step):
 
 
 class Metrics:
-    """metrics.jsonl, with one object per step, and a progress bar. Only rank 0 writes. A resumed
-    run drops the lines behind the step that it goes on from, so the file reads as if nothing had
-    happened."""
+    """metrics.jsonl, with one object per step, and a progress bar. Only rank 0 writes. On --resume,
+    the lines after the checkpoint are dropped, since those steps run again."""
 
     def __init__(self, folder, start, total, rank):
         self.path, self.rank = folder / "metrics.jsonl", rank
         lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
-        self.rows = [json.loads(line) for line in lines]  # the steps before `start`
+        self.rows = [json.loads(line) for line in lines]  # before `start`; read by best_so_far
         dist.barrier()  # all have read what rank 0 now cuts
         if rank == 0:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -453,28 +456,30 @@ class Metrics:
 
 
 def end_of_step(folder, step, total, lens, optimizer, args, received, metrics):
-    """Save a checkpoint when it is time, or when a signal has reached any process. -> whether to
-    stop. A collective."""
-    signalled = torch.tensor(float(bool(received)))
+    """Save a checkpoint when it is time, or when a signal has reached any process. `step` counts
+    the finished steps. -> whether to stop. Every rank calls this."""
+    signalled = torch.tensor(len(received))
     dist.all_reduce(signalled, op=dist.ReduceOp.MAX)
-    if step % args.save_every == 0 or step == total or signalled:
+    stop = bool(signalled) and step < total
+    if step % args.save_every == 0 or step == total or stop:
         save_checkpoint(folder, step, lens, optimizer)
-    if signalled and step < total:
+    if stop:
         metrics.say(f"stopped by a signal after step {step}, which is saved: go on with --resume")
-    return bool(signalled) and step < total
+    return stop
 
 
 # --- Checkpoints, for resuming --------------------------------------------------------------------
 
+KEEP_CHECKPOINTS = 2
 # not strict, since the frozen parameters are not saved
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_checkpoint(folder, step, lens, optimizer):
     """FOLDER/checkpoints/step_N holds the trained weights, the optimizer and the step. Everything
-    else (data order, samples, learning rate) is a function of the seed and the step. It is written
-    under another name and renamed, and only the last two are kept. A collective."""
-    target = Path(folder) / "checkpoints" / f"step_{step:06d}"
+    else (data order, samples, learning rate) is a function of the seed and the step. The folder is
+    written under another name, then renamed; the last two are kept. Every rank calls this."""
+    target = folder / "checkpoints" / f"step_{step:06d}"
     building = target.with_name(f"building_{step:06d}")
     if dist.get_rank() == 0:
         for leftover in target.parent.glob("building_*"):  # of a run that was killed while saving
@@ -490,7 +495,6 @@ def save_checkpoint(folder, step, lens, optimizer):
         raise LensError(f"{target} could not be saved; is the disk full? ({reason}) Make room, "
                         f"then --resume: the checkpoint before it is good.") from None
     if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
         for old in sorted(target.parent.glob("step_*"))[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
@@ -498,10 +502,12 @@ def save_checkpoint(folder, step, lens, optimizer):
 
 
 def load_checkpoint(folder, lens, optimizer):
-    """Restore the last complete checkpoint, on any number of processes. Learning rates and betas
-    stay those of `optimizer`, which the flags have chosen. -> its step"""
-    chosen = [without(group, "params") for group in optimizer.param_groups]
-    last = sorted((Path(folder) / "checkpoints").glob("step_*"))[-1]
+    """Restore the last complete checkpoint, on any number of processes. -> its step
+
+    Loading overwrites the settings in the optimizer's groups (betas, peak_lr), so those from the
+    flags are put back."""
+    from_flags = [without(group, "params") for group in optimizer.param_groups]
+    last = sorted((folder / "checkpoints").glob("step_*"))[-1]
     weights, state = get_state_dict(lens, optimizer, options=TRAINED)
     saved = {"weights": weights, "optimizer": state, "step": torch.tensor(0)}
     try:
@@ -513,7 +519,7 @@ def load_checkpoint(folder, lens, optimizer):
                         f"checkpoint before it.") from None
     set_state_dict(lens, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=TRAINED)
-    for group, settings in zip(optimizer.param_groups, chosen):
+    for group, settings in zip(optimizer.param_groups, from_flags):
         group.update(settings)
     return int(saved["step"])
 

@@ -8,8 +8,8 @@
         --text "the largest red circle" --output overlay.png         # one image
     python tests/tools/gallery.py rows.jsonl gallery.html --data datasets    # see the predictions
 
-`predict` is the method as it is used: Eqs. 1-4, then a mask at the image's own size. Each mask is
-drawn twice, once with the context queries and once the Seg-Zero way, in which the predicted box
+`predict_both` is the method as it is used: Eqs. 1-4, then a mask at the image's own size. Each mask
+is drawn twice, once with the context queries and once the Seg-Zero way, in which the predicted box
 prompts an untouched SAM 2. `--sam-prompt` says which of the two is counted. `--sam-prompt box`
 works without a checkpoint, with the MLLM and SAM as they were published.
 
@@ -39,34 +39,30 @@ from tqdm import tqdm
 from align import TINY, SharedArgs, at_least, flag, parse_settings, run, start_processes
 from data import (Collator, EvaluationRows, LensError, find_datasets, load_batches, load_image,
                   read_records, rescale_box, to_device, write_whole)
-from grpo import pack_groups
-from model import SamHead, build_lens, context_positions, load_sam, prompt_positions
+from model import SamHead, build_lens, load_sam
 from rewards import box_iou, find_box, format_reward, full_size_masks, mask_counts
-from train_rl import decoding_cache, generate
+from train_rl import decoding_cache, predict
 
 
 @torch.no_grad()
-def predict(batch, lens, stock_sam, tokenizer, max_completion, fixed=None):
+def predict_both(batch, lens, stock_sam, tokenizer, max_completion, cache=None):
     """Eqs. 1-4 for B prompts: a greedy completion, the box that it names, and two masks.
 
-    batch: as data.Collator makes it. stock_sam: a SamHead that was never trained here. fixed: a
-    cache for B sequences, see train_rl.decoding_cache.
+    batch: as data.Collator makes it. stock_sam: a SamHead that was never trained here. cache: for
+    B sequences, see train_rl.decoding_cache.
 
     -> list of B {"completion" (its text), "box" (image frame, or None), "format" (R_format, 0.0 or
     1.0), "masks"}. The masks are (H, W) bool at the image's own size, one with the "queries" and
     one with the "box" as SAM's prompt.
     """
     batch = to_device(batch, lens.queries.device)
-    positions = prompt_positions(lens.mllm, batch)                              # B x (3, P_b)
-    samples = generate(lens.mllm, batch, positions, 1, max_completion, lens.eos, lens.forbidden,
-                       fixed=fixed)                                             # Eq. 1, greedy
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for (ids,) in samples.completions]
-    boxes = [find_box(text, lens.prompt) for text in texts]                     # MLLM frame
-    features = lens.encode_images(batch["sam_pixels"])
-    logits = {"queries": prompt_with_queries(lens, batch, positions, samples.completions, features),
-              "box": prompt_with_boxes(stock_sam, batch, boxes, features)}      # (B, S/4, S/4) each
+    samples, texts, mask_logits, features = predict(lens, lens.mllm, batch, tokenizer,
+                                                    max_completion, cache)
+    boxes = [find_box(text, lens.prompt) for text, in texts]                    # MLLM frame
+    logits = {"queries": mask_logits,                                           # (B, S/4, S/4) each
+              "box": prompt_with_boxes(stock_sam, batch, boxes, features)}
     predictions = []
-    for b, (text, box) in enumerate(zip(texts, boxes)):
+    for b, ([text], box) in enumerate(zip(texts, boxes)):
         H, W = batch["gt_masks"][b].shape
         masks = {way: full_size_masks(maps[b:b + 1], (H, W))[0].cpu()
                  for way, maps in logits.items()}
@@ -78,17 +74,6 @@ def predict(batch, lens, stock_sam, tokenizer, max_completion, fixed=None):
         predictions.append({"completion": text, "box": box, "masks": masks,
                             "format": format_reward(text) * samples.finished[b][0]})
     return predictions
-
-
-def prompt_with_queries(lens, batch, positions, completions, features):
-    """The way of LENS (Eqs. 2-4): the queries behind each completion prompt SAM. -> mask logits
-    (B, S/4, S/4)
-
-    positions: B x (3, P_b), those of the prompts; completions: B x 1 x (T_b,)."""
-    positions = context_positions(positions, lens.mask_pass)
-    packed = pack_groups(batch["prompt_ids"], positions, completions, lens.M, lens.queries.device)
-    return lens(batch["pixel_values"], batch["grid_thw"], packed, features,
-                with_log_probs=False)["mask_logits"]
 
 
 def prompt_with_boxes(stock_sam, batch, boxes, features):
@@ -175,15 +160,15 @@ class Split:
 def find_splits(shared, args):
     """What --datasets and --splits ask for: a list of Split."""
     if args.splits == ["all"]:
-        names = {dataset: [name for name in names if name != "train"]
-                 for dataset, names in find_datasets(shared.data).items()}
+        split_names = {dataset: [name for name in names if name != "train"]
+                       for dataset, names in find_datasets(shared.data).items()}
     else:
-        names = {dataset: args.splits for dataset in shared.datasets}
-    short_names = args.splits != ["all"] and len(names) == 1
+        split_names = {dataset: args.splits for dataset in shared.datasets}
+    short_names = args.splits != ["all"] and len(split_names) == 1
     splits = []
-    for dataset in names:
-        records = read_records(shared.data, [dataset], names[dataset])
-        for name in names[dataset]:
+    for dataset, names in split_names.items():
+        records = read_records(shared.data, [dataset], names)
+        for name in names:
             rows = EvaluationRows([record for record in records if record["split"] == name],
                                   shared.limit)
             full_name = f"{dataset} {name}"
@@ -205,8 +190,8 @@ def evaluate_split(split, loader, predict_batch, args, rank, world):
     shares = [None] * world
     dist.all_gather_object(shares, share)
     rows = [shares[k % world][k // world] for k in range(len(split.rows))]
-    for row, (record, place) in zip(rows, split.rows.rows):
-        row |= {"split": split.full_name, "groups": record["groups"][place]}
+    for row, (record, i) in zip(rows, split.rows.rows):
+        row |= {"split": split.full_name, "groups": record["groups"][i]}
     return rows
 
 
@@ -283,10 +268,9 @@ def draw_overlay(image, mask, box, tint=(255, 0, 200)):
     frame, or None) in yellow."""
     scale = max(1, 512 // max(image.size))
     size = (image.width * scale, image.height * scale)
-    inside = np.kron(mask, np.ones((scale, scale), bool))
-    pixels = np.array(image.resize(size)).astype(float)
-    pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(tint)
-    overlay = Image.fromarray(pixels.astype(np.uint8))
+    overlay = image.resize(size)
+    tinted = Image.blend(overlay, Image.new("RGB", size, tint), 0.55)
+    overlay.paste(tinted, mask=Image.fromarray(np.asarray(mask)).resize(size, Image.NEAREST))
     if box and box[0] <= box[2] and box[1] <= box[3]:
         # PIL would take minutes to draw to a coordinate of ten digits
         near = np.clip(box, -max(size), 2 * max(size)) * scale
@@ -330,18 +314,18 @@ PRESETS = {"tiny": dict(TINY, batch=50, limit=1000)}
 
 
 def load_models(shared, args, device):
-    """-> `predict` with everything but its batch, and the Collator that makes such a batch."""
+    """-> `predict_both` with everything but its batch, and the Collator that makes such a batch."""
     dtype = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     lens, processor = build_lens(shared, args.checkpoint, dtype)
     lens.to(device).eval()
     stock_sam = SamHead(load_sam(shared.sam)).to(device).eval()
-    fixed = None                                    # for one image, compiling would take longer
+    cache = None                                    # for one image, compiling would take longer
     if not args.image:
-        fixed = decoding_cache(lens.mllm, shared, args.batch, device)
+        cache = decoding_cache(lens.mllm, shared, args.batch, device)
     collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
                        shared.prompt)
-    return partial(predict, lens=lens, stock_sam=stock_sam, tokenizer=processor.tokenizer,
-                   max_completion=shared.max_completion, fixed=fixed), collate
+    return partial(predict_both, lens=lens, stock_sam=stock_sam, tokenizer=processor.tokenizer,
+                   max_completion=shared.max_completion, cache=cache), collate
 
 
 def check_file(name, path):

@@ -7,23 +7,25 @@
 
 In words: the MLLM reads the image I and the expression T under the system prompt p_sys and writes a
 completion, which is a reasoning (P_CoT) and a box (P_box). Then M learned vectors Q, the context
-queries, stand behind the completion as if they were M more tokens. They attend to the image, the
-prompt, the reasoning and the box, and the MLLM's last hidden states at their places (Q', the query
-states) say what they found. The connector turns these into prompts for SAM 2, which draws the mask.
+queries, follow the completion as if they were M more tokens. They attend to the image, the prompt,
+the reasoning and the box, and the MLLM's last hidden states at their places (Q', the query states)
+say what they found. The connector turns these into prompts for SAM 2, which draws the mask.
 
-Read `forward_one` first. It does all of this for one completion and has nothing else in it. What
-follows below the banner gives the same numbers faster, for whole groups of completions.
+Read `forward_one` first. For one given completion it computes Eqs. 2-4 and the log-probabilities of
+its tokens, and nothing else. The section "The same numbers, faster" gives the same for whole
+groups.
 
-Letters: B prompts, G completions per prompt, N = B * G; P prompt tokens, T completion tokens, L the
-length of a packed row (grpo.py), M context queries, C the MLLM's hidden size, V its vocabulary,
-K prompt embeddings given to SAM, D SAM's width, S the side of SAM's square image, (H, W) the size
-of an original image.
+Letters in shapes: B prompts, G completions per prompt, N = B * G; P prompt tokens, those of the
+image included; T completion tokens, L the length of a packed row (grpo.py), M context queries, C
+the MLLM's hidden size, V its vocabulary, K prompt embeddings given to SAM, D SAM's width, d the
+width of an attention head, S the side of SAM's square image, (H, W) the size of an original image.
 
 Departures from the paper
-- "A shallow transformer" in Eq. 3 is four blocks, as in the released code, and hands all M query
-  states on to SAM. The released code squeezes them into one (`--sam-tokens one`).
-- Positions are the MLLM's own (3-D M-RoPE) in every pass. The released code falls back to 1-D
-  positions in the pass that draws the mask (`--mask-pass released`).
+- Eq. 3's "shallow transformer" has four blocks, as in the released code. All M of its outputs go to
+  SAM. The released code squeezes them into one (`--sam-tokens one`).
+- Positions are the MLLM's own (3-D M-RoPE: time, height, width) in every forward. The released code
+  falls back to 1-D positions in the forward that trains and draws the mask, and outside stage 2 it
+  lets SAM replace an unstable mask (`--mask-pass released`).
 """
 import json
 import shutil
@@ -37,7 +39,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from huggingface_hub import hf_hub_download
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -60,8 +61,8 @@ from rewards import TAGS, chat_messages
 class Lens(nn.Module):
     """MLLM, context queries, connector and SAM 2 in one module.
 
-    FSDP gathers and reduces weights around a call of the module, so each stage trains through one
-    method: stage 1 through `align_forward`, stage 2 through `forward`.
+    FSDP gathers the weights for a call of the module, and reduces the gradients after its backward.
+    So each stage makes one such call per micro-batch: stage 1 `align_forward`, stage 2 `forward`.
     """
 
     def __init__(self, mllm, sam, args, forbidden, eos, opening=""):
@@ -77,8 +78,7 @@ class Lens(nn.Module):
         self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
         self.prompt, self.mask_pass, self.opening = args.prompt, args.mask_pass, opening
         self.in_bf16 = args.precision == "bf16"
-        # With this, SAM picks among four masks where its single mask is unstable. SAM looks at it
-        # in eval mode only.
+        # In eval mode, SAM then replaces an unstable single mask by the best of three other masks.
         self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.mask_pass == "released"
 
     @torch.no_grad()
@@ -91,41 +91,46 @@ class Lens(nn.Module):
     def masks(self, query_states, features):
         """Eqs. 3 and 4: query states (N, M, C) and the feature maps of B images -> mask logits
         (N, S/4, S/4)."""
-        query_states = query_states.to(self.connector.to_sam[0].weight.dtype)
-        prompts = self.connector(query_states)                                   # (N, K, D)
-        return self.sam(features, prompts.view(len(features[0]), -1, *prompts.shape[1:]))
+        dtype = self.connector.to_sam[0].weight.dtype  # the MLLM may compute in another
+        prompts = self.connector(query_states.to(dtype))                         # (N, K, D)
+        return self.sam(features, prompts.unflatten(0, (len(features[0]), -1)))  # (B, G, K, D)
 
     def forward(self, *inputs, **options):
+        """Stage 2's forward: `group_forward`."""
         return group_forward(self, *inputs, **options)
 
     def align_forward(self, prefilled, features):
-        """Stage 1's forward, see `queries_behind`. -> mask logits (B, S/4, S/4)"""
-        return self.masks(queries_behind(self.mllm, prefilled, self.queries), features)
+        """Stage 1's forward, for B prompts with one completion each: Prefilled, and the feature
+        maps of their images. -> mask logits (B, S/4, S/4)"""
+        return self.masks(queries_after(self.mllm, prefilled, self.queries), features)
 
 
 def forward_one(lens, batch, completion, temperature=1.0):
-    """The method in its plainest form: one completion of one prompt, nothing packed and nothing
-    cached. Everything faster in this project is tested against it.
+    """LENS in its plainest form: one completion of one prompt, nothing packed and nothing cached.
+    Everything faster in this project is tested against it. On the CPU, in one dtype.
 
-    batch: one prompt, as data.Collator lays it out; completion (T,) with its end token.
+    batch: as data.Collator makes it, with B = 1: prompt_ids [(P,)], token_types [(P,)],
+    pixel_values (patches, values per patch), grid_thw (1, 3), sam_pixels (1, 3, S, S).
+    completion: (T,) with its end token.
     -> {"log_probs" (T,), "query_states" (M, C), "mask_logits" (S/4, S/4)}
     """
-    mllm, (prompt,), M = lens.mllm, batch["prompt_ids"], lens.M
+    mllm, M = lens.mllm, lens.M
+    [prompt] = batch["prompt_ids"]
     P, T = len(prompt), len(completion)
 
-    # the input: the prompt with its image, the completion, and Q behind it
+    # the input: the prompt with its image, the completion, and Q after it
     ids = torch.cat([prompt, completion, completion.new_zeros(M)])[None]         # (1, P + T + M)
     inputs = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
     tokens = inputs["inputs_embeds"][:, :P + T]                                  # (1, P + T, C)
     inputs["inputs_embeds"] = torch.cat([tokens, lens.queries[None]], 1)
-    # its positions: what is behind the prompt counts on from the prompt's end
-    positions, = context_positions(prompt_positions(mllm, batch), lens.mask_pass)   # (3, P)
-    behind = positions.max() + 1 + torch.arange(T + M)
-    positions = torch.cat([positions, behind.expand(3, -1)], 1)[:, None]         # (3, 1, P + T + M)
+    # its positions: what follows the prompt counts on from the prompt's end
+    [positions] = context_positions(prompt_positions(mllm, batch), lens.mask_pass)  # (3, P)
+    after = positions.max() + 1 + torch.arange(T + M)
+    positions = torch.cat([positions, after.expand(3, -1)], 1)[:, None]          # (3, 1, P + T + M)
     hidden = mllm.model.language_model(**inputs, position_ids=positions,
                                        use_cache=False).last_hidden_state[0]     # (P + T + M, C)
 
-    # pi(completion), for GRPO: a state predicts the token behind it
+    # pi(completion), for GRPO: the state at a token predicts the next token
     logits = policy_logits(mllm.lm_head, hidden[P - 1:P + T - 1], lens.forbidden, temperature)
     log_probs = logits.log_softmax(-1)[torch.arange(T), completion]              # (T,)
 
@@ -152,18 +157,18 @@ class Connector(nn.Module):
         if kind == "vit" and C % heads:
             raise LensError(f"--connector vit: its {heads} heads do not divide the MLLM's hidden "
                             f"size {C}. Take --connector mlp or another --mllm.")
-        # As large as the states. With 0.02 all M outputs stay alike for long (docs/world.md).
+        # N(0, 1): as large as the query states. Drawn with a deviation of 0.02, all M outputs stay
+        # alike for long (docs/world.md).
         self.position = nn.Parameter(torch.randn(1, M, C)) if kind == "vit" else None
-        self.blocks = nn.ModuleList(ConnectorBlock(C, heads)
-                                    for _ in range(4 if kind == "vit" else 0))
+        self.blocks = nn.Sequential(*(ConnectorBlock(C, heads)
+                                      for _ in range(4 if kind == "vit" else 0)))
         self.squeeze = nn.Conv1d(C, C, kernel_size=M) if sam_tokens == "one" else None
         self.to_sam = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, D))
 
     def forward(self, x):                                                        # (N, M, C)
         if self.position is not None:
             x = x + self.position
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         if self.squeeze is not None:
             x = self.squeeze(x.transpose(1, 2)).transpose(1, 2)                  # (N, 1, C)
         return self.to_sam(x)
@@ -186,12 +191,12 @@ class ConnectorBlock(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value)
         x = x + self.proj(attended.transpose(1, 2).reshape(N, M, C))
         hidden = self.fc1(self.norm2(x))
-        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))              # quick GELU
+        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # quick GELU, as released
 
 
 class SamHead(nn.Module):
     """Eq. 4: SAM 2 without its image encoder and its video memory, under sam2's own parameter
-    names. It always computes in fp32, since SAM 2 loses too much in bf16."""
+    names. It always computes in fp32: unlike the image encoder, it loses too much in bf16."""
 
     def __init__(self, sam):
         super().__init__()
@@ -203,9 +208,10 @@ class SamHead(nn.Module):
         """features: three maps (B, channels, h, w) at strides 4, 8, 16, see Lens.encode_images;
         prompts (B, G, K, D): G prompts for each image -> mask logits (B * G, S/4, S/4)."""
         decoder, G, dtype = self.sam_mask_decoder, prompts.shape[1], self.no_mem_embed.dtype
-        features = [f.to(dtype) for f in features]
-        maps = [decoder.conv_s0(features[0]), decoder.conv_s1(features[1]),
-                features[2] + self.no_mem_embed.view(1, -1, 1, 1)]
+        fine, middle, coarse = (f.to(dtype) for f in features)
+        # what SAM 2 does to its maps for an image without a video memory
+        maps = [decoder.conv_s0(fine), decoder.conv_s1(middle),
+                coarse + self.no_mem_embed.view(1, -1, 1, 1)]
         # the G prompts of an image share its maps: views for B = 1, copies only for B > 1
         maps = [m[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1) for m in maps]
         _, no_mask = self.sam_prompt_encoder(points=None, boxes=None, masks=None)
@@ -216,9 +222,11 @@ class SamHead(nn.Module):
         return logits[:, 0].clone()  # a copy, since FSDP warns of views that leave a unit
 
     def box_prompts(self, boxes):
-        """Boxes (N, 4) in the SAM frame -> prompts (N, 3, D), as SAM 2's own predictor makes them:
-        two corners and padding. Lens does not use this; evaluate.py does, to compare."""
+        """Boxes (N, 4) as x1, y1, x2, y2 in the SAM frame -> prompts (N, 3, D), as SAM 2's own
+        predictor makes them: two corners and padding. Lens does not use this; evaluate.py does, to
+        compare."""
         corners = boxes.view(-1, 2, 2)
+        # SAM's labels of the two corners
         labels = torch.tensor([[2, 3]], device=boxes.device).expand(len(boxes), 2)
         return self.sam_prompt_encoder(points=(corners, labels), boxes=None, masks=None)[0]
 
@@ -226,16 +234,17 @@ class SamHead(nn.Module):
 # --- The inputs of the MLLM's language model ------------------------------------------------------
 
 def embed(mllm, ids, pixel_values, grid_thw):
-    """Token ids (B, L) -> inputs of the language model: embeddings (B, L, C) with the features of
-    each image in the place of its image tokens.
+    """Token ids (B, length) -> inputs of the language model: embeddings (B, length, C) with the
+    features of each image in the place of its image tokens.
 
-    pixel_values (patches, values) and grid_thw (B, 3), which counts patches, as the processor gives
-    them. Qwen3-VL also adds features of inner vision layers in its first text layers.
+    pixel_values (patches, values per patch) and grid_thw (B, 3), the (time, height, width) of each
+    image in patches, as the processor gives them. Qwen3-VL also adds features of inner vision
+    layers in its first text layers.
     """
     features = mllm.model.get_image_features(pixel_values, grid_thw)
     embeds = mllm.model.language_model.embed_tokens(ids)
     is_image = ids == mllm.config.image_token_id
-    images = torch.cat(features.pooler_output).to(embeds.dtype)
+    images = torch.cat(features.pooler_output).to(embeds.dtype)  # (image tokens of all images, C)
     inputs = {"inputs_embeds": embeds.masked_scatter(is_image[..., None], images)}
     if mllm.config.model_type == "qwen3_vl":
         inputs["visual_pos_masks"] = is_image
@@ -247,18 +256,19 @@ def embed(mllm, ids, pixel_values, grid_thw):
 
 def prompt_positions(mllm, batch):
     """The 3-D M-RoPE positions of each prompt: list of B (3, P_b) on the CPU."""
-    grids = batch["grid_thw"].cpu()
     positions = []
-    for b, (ids, types) in enumerate(zip(batch["prompt_ids"], batch["token_types"])):
+    for ids, types, grid in zip(batch["prompt_ids"], batch["token_types"],
+                                batch["grid_thw"].cpu()):
         position, _ = mllm.model.get_rope_index(ids[None], mm_token_type_ids=types[None],
-                                                image_grid_thw=grids[b:b + 1])   # (3, 1, P_b)
+                                                image_grid_thw=grid[None])       # (3, 1, P_b)
         positions.append(position[:, 0])
     return positions
 
 
 def context_positions(positions, mask_pass):
-    """The positions of the pass that draws the mask. "paper": the MLLM's own. "released": 0, 1, 2,
-    ... on all three axes, which is what the released code falls back to."""
+    """The positions of the forward that trains and draws the mask. "paper": the MLLM's own.
+    "released": 0, 1, 2, ... on all three axes, which is what the released code falls back to.
+    Sampling always uses the MLLM's own."""
     if mask_pass == "paper":
         return positions
     return [torch.arange(position.shape[1]).expand(3, -1) for position in positions]
@@ -268,15 +278,15 @@ def context_positions(positions, mask_pass):
 
 def group_forward(lens, pixel_values, grid_thw, packed, features, temperature=1.0,
                   with_log_probs=True):
-    """`forward_one` for the N completions of B groups at once. The vision tower, the prompt and
-    SAM's image encoder are computed once for each image, not once for each completion.
+    """`forward_one` for the N completions of B groups at once. The vision tower and the prompt are
+    computed once for each group, and so are SAM's feature maps, by the caller.
 
-    pixel_values (patches, values), grid_thw (B, 3); packed: grpo.PackedGroups; features: what
-    Lens.encode_images gave for the B images. -> {"query_states" (N, M, C), "mask_logits" (N, S/4,
-    S/4)} and, with_log_probs, {"log_probs" (N, T), "entropy" (N, T)}, 0 behind a completion's end
+    pixel_values (patches, values per patch), grid_thw (B, 3); packed: grpo.PackedGroups; features:
+    Lens.encode_images of the B images. -> {"query_states" (N, M, C), "mask_logits" (N, S/4, S/4)}
+    and, with_log_probs, {"log_probs" (N, T), "entropy" (N, T)}, 0 after a completion's end
     """
     hidden = group_hidden(lens.mllm, pixel_values, grid_thw, packed, lens.queries)
-    query_states = hidden[packed.query_places]                                   # Eq. 2
+    query_states = hidden[packed.query_places]                                   # (N, M, C)
     out = {"query_states": query_states, "mask_logits": lens.masks(query_states, features)}
     if with_log_probs:
         log_probs, entropy = token_log_probs(lens.mllm.lm_head, hidden[packed.target_places],
@@ -288,23 +298,23 @@ def group_forward(lens, pixel_values, grid_thw, packed, features, temperature=1.
 
 def group_hidden(mllm, pixel_values, grid_thw, packed, queries=None):
     """Eq. 2 for whole groups: the last hidden states of packed rows, flat (B * L, C). `queries`
-    (M, C) stand behind every completion; without them only the text is computed."""
+    (M, C) follow every completion; without them only the text is computed."""
     use_lens_attention(mllm)
     inputs = embed(mllm, packed.ids, pixel_values, grid_thw)
-    B, L, C = inputs["inputs_embeds"].shape
     if queries is not None:
-        flat = inputs["inputs_embeds"].view(B * L, C)
-        repeated = queries.to(flat.dtype).repeat(len(packed.query_places), 1)    # (N * M, C)
-        flat = flat.index_copy(0, packed.query_places.flatten(), repeated)
-        inputs["inputs_embeds"] = flat.view(B, L, C)
+        embeds = inputs["inputs_embeds"]                                         # (B, L, C)
+        repeated = queries.to(embeds.dtype).repeat(len(packed.query_places), 1)  # (N * M, C)
+        flat = embeds.flatten(0, 1).index_copy(0, packed.query_places.flatten(), repeated)
+        inputs["inputs_embeds"] = flat.view_as(embeds)
     out = mllm.model.language_model(**inputs, position_ids=packed.positions, use_cache=False,
                                     packed=packed)
-    return out.last_hidden_state.view(B * L, C)
+    return out.last_hidden_state.flatten(0, 1)
 
 
 def lens_attention(module, query, key, value, attention_mask, packed=None, one_token=False,
                    scaling=None, **kwargs):
     """The attention function that transformers calls in every text layer, under the name "lens".
+    It hands `packed` and `one_token` on from the call of the language model.
     query (B, heads, L, d); key and value (B, key heads, L, d) -> (B, L, heads, d), None"""
     if packed is not None:
         return packed_attention(query, key, value, packed, scaling), None
@@ -316,59 +326,64 @@ def lens_attention(module, query, key, value, attention_mask, packed=None, one_t
 
 
 AttentionInterface.register("lens", lens_attention)
-AttentionMaskInterface.register("lens", sdpa_mask)
+AttentionMaskInterface.register("lens", sdpa_mask)  # for calls with neither of the two
 
 
 def use_lens_attention(mllm):
-    """Any other attention would silently ignore `packed` and `one_token`."""
+    """Switch the text layers to `lens_attention`. Any other would silently ignore `packed` and
+    `one_token`."""
     if mllm.config.text_config._attn_implementation != "lens":
         mllm.set_attn_implementation({"text_config": "lens"})
 
 
+# --- With a cache, for sampling and for stage 1 ---------------------------------------------------
+
 @dataclass
 class Prefilled:
     """What the language model keeps of B sequences that it has read, padded on the left."""
-    hidden: torch.Tensor         # (B, C) the last hidden state of each
-    cache: DynamicCache          # keys and values of every layer
-    attention: torch.Tensor      # (B, length) 1 where there is a token, 0 on the padding before it
-    next_position: torch.Tensor  # (B,) the position of what comes behind
+    hidden: torch.Tensor          # (B, C) the last hidden state of each
+    cache: DynamicCache           # keys and values of every layer
+    attention_mask: torch.Tensor  # (B, length) 1 on tokens, 0 on the padding before them
+    next_position: torch.Tensor   # (B,) the position of what follows
 
 
 def prefill(mllm, batch, positions, completions=None):
-    """Run B prompts through the MLLM once, each with its completion behind it if `completions` are
+    """Run B prompts through the MLLM once, each followed by its completion if `completions` are
     given: B x (T_b,) on the CPU. positions: `prompt_positions` of the batch. -> Prefilled"""
     rows, row_positions = batch["prompt_ids"], positions
     if completions is not None:
-        behind = [position.max() + 1 + torch.arange(len(completion)).expand(3, -1)
-                  for position, completion in zip(positions, completions)]
+        after = [position.max() + 1 + torch.arange(len(completion)).expand(3, -1)
+                 for position, completion in zip(positions, completions)]
         rows = [torch.cat(pair) for pair in zip(rows, completions)]
-        row_positions = [torch.cat(pair, 1) for pair in zip(positions, behind)]
+        row_positions = [torch.cat(pair, 1) for pair in zip(positions, after)]
     device, length = batch["pixel_values"].device, max(len(row) for row in rows)
 
     def pad_left(x):  # so that all sequences end together
         return F.pad(x, (length - x.shape[-1], 0))
     ids = torch.stack([pad_left(row) for row in rows]).to(device)                # (B, length)
-    attention = torch.stack([pad_left(torch.ones_like(row)) for row in rows]).to(device)
+    attention_mask = torch.stack([pad_left(torch.ones_like(row)) for row in rows]).to(device)
     position = torch.stack([pad_left(p) for p in row_positions], 1).to(device)   # (3, B, length)
     inputs = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
     cache = DynamicCache(config=mllm.config.text_config)
     out = run_with_cache(mllm.model.language_model, cache, **inputs, position_ids=position,
-                         attention_mask=attention)
-    return Prefilled(out.last_hidden_state[:, -1], cache, attention, position.amax((0, 2)) + 1)
+                         attention_mask=attention_mask)
+    return Prefilled(out.last_hidden_state[:, -1], cache, attention_mask,
+                     position.amax((0, 2)) + 1)
 
 
-def queries_behind(mllm, prefilled, queries):
-    """Eq. 2 for the queries (M, C) alone, behind B sequences that are prefilled with completions.
+def queries_after(mllm, prefilled, queries):
+    """Eq. 2 for the queries (M, C) alone, after B sequences that are prefilled with completions.
     -> query states (B, M, C)
 
     In stage 1 nothing before the queries is trained. So prompts and completions are read once,
-    without gradients, and only the queries are run with them."""
+    without gradients, and only the queries are run with them. This uses `prefilled` up: its cache
+    holds the queries afterwards."""
     B, M = len(prefilled.hidden), len(queries)
-    attention = torch.cat([prefilled.attention, prefilled.attention.new_ones(B, M)], 1)
+    attention_mask = F.pad(prefilled.attention_mask, (0, M), value=1)
     position = prefilled.next_position[:, None] + torch.arange(M, device=queries.device)  # (B, M)
     embeds = queries.to(mllm.lm_head.weight.dtype).expand(B, -1, -1)
     return run_with_cache(mllm.model.language_model, prefilled.cache, inputs_embeds=embeds,
-                          attention_mask=attention,
+                          attention_mask=attention_mask,
                           position_ids=position.expand(3, B, M)).last_hidden_state
 
 
@@ -377,24 +392,22 @@ CACHE = "cache" if "cache" in signature(Qwen2VLTextModel.forward).parameters els
 
 
 def run_with_cache(language_model, cache, **inputs):
-    """Run the language model on what comes behind a cache, and add it to the cache."""
+    """Run the language model on what follows the content of a cache, and add it to the cache."""
     return language_model(**inputs, **{CACHE: cache}, use_cache=True)
 
 
 # --- Loading --------------------------------------------------------------------------------------
 
 ARCHITECTURE = ("num_queries", "connector", "sam_tokens")
-# what stage 2 takes over from stage 1
-INHERITED = (*ARCHITECTURE, "profile", "mllm", "sam", "prompt", "mask_pass", "max_pixels")
 SAM_CONFIGS = {file: yaml for yaml, file in HF_MODEL_ID_TO_FILENAMES.values()}
 
 
 def build_lens(args, folder="", dtype=torch.float32):
     """-> Lens, processor
 
-    args: align.SharedArgs. folder: a finished run, whose context module and SAM are loaded, and
-    whose mllm/ and sam/, if it has them, take the place of --mllm and --sam. LensError for what is
-    missing or does not fit.
+    args: align.SharedArgs. folder: a finished run, whose context queries, connector and SAM are
+    loaded, and whose mllm/ and sam/, if it has them, take the place of --mllm and --sam, in `args`
+    as well. LensError for what is missing or does not fit.
     """
     if folder:
         folder, saved = Path(folder), read_run(folder)
@@ -402,8 +415,9 @@ def build_lens(args, folder="", dtype=torch.float32):
             if getattr(args, name) != saved[name]:
                 raise LensError(f"{folder} was trained with --{name.replace('_', '-')} "
                                 f"{saved[name]}, not {getattr(args, name)}")
-        args.mllm = str(folder / "mllm") if (folder / "mllm").exists() else args.mllm
-        args.sam = str(folder / "sam") if (folder / "sam").exists() else args.sam
+        for name in ("mllm", "sam"):
+            if (folder / name).exists():
+                setattr(args, name, str(folder / name))
     sam = load_sam(args.sam)
     mllm, processor = load_mllm(args.mllm, dtype)
     if args.max_pixels:
@@ -454,39 +468,32 @@ def load_mllm(path, dtype):
     for kind in ("missing_keys", "unexpected_keys"):
         keys = sorted(report[kind])
         if keys:  # transformers would leave random weights in the place of missing ones
-            raise LensError(f"--mllm {path}: its weights do not fit its config.json; "
-                            f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}"
-                            f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}. Merge an "
-                            f"adapter into its model first, and save with save_pretrained.")
+            raise LensError(f"--mllm {path}: its weights do not fit its config.json; {len(keys)} "
+                            f"{kind.replace('_', ' ')}: {', '.join(keys[:3])} ... Merge an adapter "
+                            f"into its model first, and save with save_pretrained.")
     return mllm, processor
 
 
 def load_sam(path, with_weights=True):
-    """SAM 2 or 2.1 from a folder (config.yaml, model.pt), a checkpoint under its official file
-    name, or a hub id. For the last two, the sam2 package holds the configuration. Like
-    sam2.build_sam without post-processing. Every weight must fit."""
-    name = HF_MODEL_ID_TO_FILENAMES.get(path, (None, Path(path).name))[1]
-    if path in HF_MODEL_ID_TO_FILENAMES:
-        try:
-            path = hf_hub_download(path, name) if with_weights else name
-        except (OSError, ValueError):  # no network; the error below says how to get the file
-            path = f"weights/{name}"
+    """SAM 2 or 2.1, from a checkpoint under its official file name, for which the sam2 package has
+    the configuration, or from a folder with config.yaml and model.pt. Built like sam2.build_sam
+    without post-processing. Every weight must fit. with_weights=False: random weights, and the
+    checkpoint need not be there."""
     path = Path(path)
     if path.is_dir():
         config, weights = path / "config.yaml", path / "model.pt"
         remedy = "A folder needs config.yaml and model.pt"
-    elif name in SAM_CONFIGS:
-        config, weights = Path(sam2.__path__[0]) / SAM_CONFIGS[name], path
-        remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} {name} "
+    elif path.name in SAM_CONFIGS:
+        config, weights = Path(sam2.__path__[0]) / SAM_CONFIGS[path.name], path
+        remedy = (f"Download it: hf download facebook/{path.stem.replace('_', '-')} {path.name} "
                   f"--local-dir {path.parent}; or try the method first: --preset tiny")
     else:
-        raise LensError(f"--sam {path}: not a folder, not one of SAM 2's file names "
-                        f"({', '.join(SAM_CONFIGS)}), and not one of its hub ids "
-                        f"({', '.join(HF_MODEL_ID_TO_FILENAMES)})")
+        raise LensError(f"--sam {path}: not a folder, and not one of SAM 2's file names "
+                        f"({', '.join(SAM_CONFIGS)})")
     for file in (config, weights) if with_weights else (config,):
         if not file.exists():
             raise LensError(f"{file} is missing. {remedy}.")
-    sam = instantiate(OmegaConf.load(config).model, _recursive_=True)
+    sam = instantiate(OmegaConf.load(config).model)
     try:
         if with_weights:
             sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
@@ -497,24 +504,25 @@ def load_sam(path, with_weights=True):
 
 def read_template(processor, args):
     """What the chat template decides, asked once. -> the id of the token that ends a completion,
-    and the text with which the prompt already opens the completion ("<think>" for models that
-    always think, else ""). LensError if this template cannot work."""
+    and the text with which the prompt already opens the completion ("<think>" and a newline
+    for models that always think, else ""). LensError if this template cannot work."""
     if not processor.chat_template:
         raise LensError(f"--mllm {args.mllm}: it has no chat template. Copy chat_template.jinja "
                         f"from the model that it was trained from.")
     tokenizer, chat = processor.tokenizer, chat_messages("x", args.prompt)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    hidden = [token for token in special if any(tag in token for tag in TAGS)]
-    if hidden:
-        raise LensError(f"--mllm {args.mllm}: the tags {', '.join(map(repr, hidden))} are special "
+    special_tags = [token for token in special if any(tag in token for tag in TAGS)]
+    if special_tags:
+        raise LensError(f"--mllm {args.mllm}: {', '.join(map(repr, special_tags))} are special "
                         f"tokens, which are never sampled and not shown in the text, so every "
                         f"completion would lose its format reward. Set \"special\": false for "
                         f"them in tokenizer.json.")
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     opening = "<think>\n" if prompt.rstrip().endswith("<think>") else ""
     turn = {"role": "assistant", "content": [{"type": "text", "text": "COMPLETION"}]}
-    behind = processor.apply_chat_template([*chat, turn]).partition("COMPLETION")[2].strip()
-    eos = tokenizer.convert_tokens_to_ids(behind if behind in special else tokenizer.eos_token)
+    # what the template puts after an answer, for example "<|im_end|>"
+    end = processor.apply_chat_template([*chat, turn]).partition("COMPLETION")[2].strip()
+    eos = tokenizer.convert_tokens_to_ids(end if end in special else tokenizer.eos_token)
     return eos, opening
 
 
@@ -522,8 +530,8 @@ def forbidden_tokens(tokenizer, vocab_size, eos, prompt="paper"):
     """(V,) bool: the tokens that are never sampled.
 
     These are all special tokens but the end token, since a sampled image token would break the next
-    forward, and the rows of the vocabulary behind the tokenizer's last token. Completions of the
-    released prompts may also hold Qwen's marks of an object and its box.
+    forward, and the ids past the tokenizer's last, which only pad the vocabulary. Completions of
+    the released prompts may also hold Qwen's marks of an object and its box.
     """
     if len(tokenizer) > vocab_size:
         raise LensError(f"the tokenizer has {len(tokenizer)} tokens, but the MLLM's vocabulary "
@@ -531,9 +539,9 @@ def forbidden_tokens(tokenizer, vocab_size, eos, prompt="paper"):
                         "model.")
     forbidden = torch.arange(vocab_size) >= len(tokenizer)
     marks = {"<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"}
+    allowed = set() if prompt == "paper" else marks
     for index, token in tokenizer.added_tokens_decoder.items():
-        is_mark = prompt != "paper" and token.content in marks
-        if token.special and index != eos and not is_mark:
+        if token.special and index != eos and token.content not in allowed:
             forbidden[index] = True
     return forbidden
 
@@ -555,7 +563,7 @@ def load_part(module, path, args):
 
 # --- What is trained, on how many processes -------------------------------------------------------
 
-# Parts of SAM that one mask from given prompt embeddings never sends a gradient through
+# Parts of SAM that get no gradient when it draws one mask from given prompt embeddings
 NEVER_TRAINED = ("point_embed", "not_a_point", "mask_downscaling", "iou_prediction_head",
                  "pred_obj_score_head", "hypernetworks_mlps.1", "hypernetworks_mlps.2",
                  "hypernetworks_mlps.3")
@@ -575,8 +583,10 @@ def set_trainable(lens, stage):
 
 def checkpoint_layers(mllm):
     """Compute the layers of the MLLM again in the backward instead of keeping their results."""
-    enable = getattr(mllm, "activation_checkpointing_enable", None)  # since transformers 5.23
-    (enable or mllm.gradient_checkpointing_enable)()
+    if hasattr(mllm, "activation_checkpointing_enable"):  # since transformers 5.23
+        mllm.activation_checkpointing_enable()
+    else:
+        mllm.gradient_checkpointing_enable()
 
 
 def shard(module, mesh, precision, whole=(), offload=False):
@@ -596,8 +606,9 @@ def shard(module, mesh, precision, whole=(), offload=False):
     trains, whole = isinstance(module, Lens), set(whole)
 
     def make_unit(unit, policy, reshard=True):
+        # what is a DTensor already belongs to an inner unit
         own = [p for p in unit.parameters() if p not in whole and not isinstance(p, DTensor)]
-        for parameter in own:
+        for parameter in own:  # a Reference is frozen: it needs no fp32 weights
             parameter.data = parameter.data.to(torch.float32 if trains else compute)
         if own:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard,
@@ -607,12 +618,12 @@ def shard(module, mesh, precision, whole=(), offload=False):
     units = [*module.mllm.model.visual.blocks, *module.mllm.model.language_model.layers]
     if trains:
         make_unit(module.sam, in_fp32)
-        units += [*module.connector.blocks]
+        units += module.connector.blocks
     for unit in units:
         make_unit(unit, policy)
     for parameter in whole:  # FSDP moves everything else
         parameter.data = parameter.data.to(mesh.device_type)
-    # the root's backward follows right behind its forward, so its weights may stay gathered
+    # the root's backward directly follows its forward, so its weights may stay gathered
     make_unit(module, policy, reshard=not trains)
     if trains:
         register_fsdp_forward_method(module, "align_forward")
@@ -622,7 +633,7 @@ def shard(module, mesh, precision, whole=(), offload=False):
 # --- A finished run: a folder for use -------------------------------------------------------------
 
 def full_state(module):
-    """The state dict of a sharded module, with whole tensors on the CPU. A collective."""
+    """The state dict of a sharded module, with whole tensors on the CPU. Every rank calls this."""
     state = module.state_dict()
     for name, tensor in state.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -654,7 +665,7 @@ def export(folder, lens, shared, mllm=None, processor=None):
             if (source.parent / "lens.json").exists() and not (building / name).exists():
                 shutil.copytree(source, building / name)
         (folder / "lens.json").unlink(missing_ok=True)
-        for path in sorted(building.iterdir()):
+        for path in sorted(building.iterdir()):  # replace() overwrites files, but not folders
             shutil.rmtree(folder / path.name, ignore_errors=True)
             path.replace(folder / path.name)
         write_whole(folder / "lens.json", json.dumps(asdict(shared), indent=2))

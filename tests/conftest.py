@@ -144,6 +144,13 @@ def random_completions(B=2, G=3, longest=9, seed=2):
             for row in lengths]
 
 
+@pytest.fixture
+def mesh():
+    """Of this process alone, with a process group that ends with the test."""
+    yield align.start_processes(align.SharedArgs())[3]
+    dist.destroy_process_group()
+
+
 def stored_samples(completions, finished):
     """Samples as if they had been drawn, but without the log-probabilities of the sampler."""
     longest = max(len(completion) for group in completions for completion in group)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (ENVIRONMENT, ROOT, TORCHRUN, call, in_two, random_completions, random_lens,
                       refused, rows, run)
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 from training_worker import whole_batch
 
 import align
@@ -220,42 +221,6 @@ def test_devices(preset, gpus, local, expected, monkeypatch):
             align.choose_device(shared)
 
 
-FAILS = """
-import torch
-from torch.utils.data import Dataset
-from align import run
-from data import load_batches
-
-class Numbers(Dataset):
-    def __len__(self):
-        return 400
-    def __getitem__(self, k):
-        if k == 20:
-            raise RuntimeError("damaged")
-        return torch.tensor(k)
-
-def main():
-    batches = [range(i, i + 4) for i in range(0, 400, 4)]
-    for batch in load_batches(Numbers(), batches, torch.stack, 2, torch.device("cpu")):
-        pass
-run(main)
-"""
-
-
-def test_a_run_that_fails_does_not_wait_for_its_loaders(tmp_path):
-    """They ignore SIGTERM, by which Python would end them before it ends itself."""
-    (tmp_path / "fails.py").write_text(FAILS)
-    done = subprocess.run([sys.executable, tmp_path / "fails.py"], cwd=ROOT, env=ENVIRONMENT,
-                          timeout=100, capture_output=True, text=True)
-    assert done.returncode == 1 and "RuntimeError: damaged" in done.stderr.splitlines()[-3:]
-
-
-def test_from_the_shell_an_error_is_one_line(tmp_path):
-    done = run(sys.executable, "align.py", "--output", tmp_path / "run", check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("align.py: error: datasets/refer_seg")
-
-
 # --- A run that is interrupted, and goes on -------------------------------------------------------
 
 def numbers(folder):
@@ -274,69 +239,81 @@ def checkpoints(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def six_steps(script, world, aligned):
-    flags = ["--data", world, "--steps", 6, "--batch", 4, "--micro-batch", 2, "--save-every", 2]
-    if script == "train_rl.py":
-        flags += ["--init", aligned, "--group-size", 4, "--updates-per-batch", 2,
-                  "--max-completion", 48]
-    return flags
-
-
 @pytest.fixture(scope="module", params=["align.py", "train_rl.py"])
 def whole(request, world, aligned, tmp_path_factory):
-    """A run of six steps of either stage, not interrupted."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    flags = six_steps(request.param, world, aligned)
-    said = call(request.param, *flags, "--output", folder)
-    assert f"Stage {1 if request.param == 'align.py' else 2} is done: {folder}" in said
-    return SimpleNamespace(script=request.param, flags=flags, folder=folder)
+    """A run of either stage that nothing interrupts."""
+    script, folder = request.param, tmp_path_factory.mktemp("runs") / "whole"
+    flags, steps, stage = ["--data", world, "--batch", 2, "--micro-batch", 1], 5, 1
+    if script == "train_rl.py":
+        steps, stage = 3, 2
+        flags += ["--init", aligned, "--group-size", 2, "--updates-per-batch", 2,
+                  "--max-completion", 32]
+    flags += ["--steps", steps, "--save-every", 2]
+    assert f"Stage {stage} is done: {folder}" in call(script, *flags, "--output", folder)
+    return SimpleNamespace(script=script, flags=flags, folder=folder, steps=steps)
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("step, by, saved", [
-    (5, Killed, ["step_000002", "step_000004"]), (3, signal.SIGUSR1, ["step_000002", "step_000003"]),
-    (1, signal.SIGTERM, ["step_000001"])])
-def test_interrupted_and_resumed_is_like_uninterrupted(step, by, saved, whole, monkeypatch,
-                                                       tmp_path):
-    """Killed behind a step, only what lies on the disk is left, half a checkpoint among it; a
-    scheduler's signal saves the step first. --resume alone knows all settings. Every number but the
-    times, and every weight, to the last bit; the last two checkpoints are kept."""
-    folder, write = tmp_path / "run", align.Metrics.write
+def interrupt(monkeypatch, step, action):
+    """Do something within a step, when its line has been written and nothing else of it."""
+    write = align.Metrics.write
 
-    def interrupt(self, row, show):
+    def write_and_act(self, row, show):
         write(self, row, show)
         if row["step"] == step:
-            if by is Killed:
-                (folder / "checkpoints/building_000006").mkdir()
-                raise Killed
-            os.kill(os.getpid(), by)
-    with monkeypatch.context() as patch:
-        patch.setattr(align.Metrics, "write", interrupt)
-        if by is Killed:
-            with pytest.raises(Killed):
-                call(whole.script, *whole.flags, "--output", folder)
-            saved = [*saved, "building_000006"]
-        else:
-            said = call(whole.script, *whole.flags, "--output", folder)
-            assert f"stopped by a signal after step {step}" in said
-    assert checkpoints(folder) == sorted(saved) and len(rows(folder)) == step
-    assert not (folder / "lens.json").exists()
+            action()
+    monkeypatch.setattr(align.Metrics, "write", write_and_act)
+
+
+def like_uninterrupted(folder, whole):
+    """--resume alone, which knows all settings, makes every number but the times and every weight
+    what they would have been, to the last bit."""
     call(whole.script, "--output", folder, "--resume")
-    assert numbers(folder) == numbers(whole.folder) and len(rows(folder)) == 6
-    assert checkpoints(folder) == ["step_000004", "step_000006"]
+    assert numbers(folder) == numbers(whole.folder) and len(rows(folder)) == whole.steps
     names = [name for name in contents(whole.folder) if name.endswith("safetensors")]
     assert len(names) == (2 if whole.script == "align.py" else 3)
     for name in names:
         assert (folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+def test_killed_and_resumed(whole, monkeypatch, tmp_path):
+    """Killed in the third step. What lies on the disk is left, half a checkpoint among it. The last
+    two checkpoints are kept."""
+    folder = tmp_path / "run"
+
+    def kill():
+        (folder / "checkpoints/building_000003").mkdir()
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 3, kill)
+        call(whole.script, *whole.flags, "--output", folder)
+    assert checkpoints(folder) == ["building_000003", "step_000002"]
+    assert len(rows(folder)) == 3 and not (folder / "lens.json").exists()
+    like_uninterrupted(folder, whole)
+    last = ["step_000004", "step_000005"] if whole.steps == 5 else ["step_000002", "step_000003"]
+    assert checkpoints(folder) == last == checkpoints(whole.folder)
+
+
+def test_stopped_by_a_signal_and_resumed(whole, monkeypatch, tmp_path):
+    """What schedulers send as a warning: the step is finished and saved."""
+    folder = tmp_path / "run"
+    number = signal.SIGTERM if whole.script == "align.py" else signal.SIGUSR1
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, lambda: os.kill(os.getpid(), number))
+        said = call(whole.script, *whole.flags, "--save-every", 100, "--output", folder)
+    assert "stopped by a signal after step 1" in said
+    assert checkpoints(folder) == ["step_000001"] and len(rows(folder)) == 1
+    assert not (folder / "lens.json").exists()
+    like_uninterrupted(folder, whole)
+
+
 def test_sigterm_to_torchrun_with_loaders(world, tmp_path):
     """Two processes with two loaders each, which receive the signal too: the step is finished and
     saved. Resumed, the numbers are those of an uninterrupted run to the last bit."""
-    flags = ["--data", world, "--steps", 16, "--batch", 8, "--micro-batch", 4]
+    flags = ["--data", world, "--steps", 16, "--batch", 4, "--micro-batch", 2]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     process = subprocess.Popen(
         [*map(str, [*TORCHRUN, "--nproc_per_node=2", "align.py", "--preset", "tiny", *flags,
@@ -359,27 +336,25 @@ def test_sigterm_to_torchrun_with_loaders(world, tmp_path):
         assert (broken / file).read_bytes() == (unbroken / file).read_bytes()
 
 
-def test_resuming_at_the_last_step_writes_the_finished_run(whole, tmp_path):
-    """From the checkpoint of step 6, bit for bit what the run itself has written; from that of step
-    4, an earlier model. Nothing else in the folder changes."""
-    def strip(folder):
+def test_resuming_at_a_saved_step_writes_the_finished_run(whole, tmp_path):
+    """From the last checkpoint, bit for bit what the run itself has written; from the one before
+    it, an earlier model. Nothing else in the folder changes."""
+    before, models = contents(whole.folder), []
+    for steps in whole.steps, int(checkpoints(whole.folder)[0][-6:]):
+        folder = tmp_path / f"{steps} steps"
         shutil.copytree(whole.folder, folder)
         shutil.rmtree(folder / "mllm", ignore_errors=True)
         for file in ("context.safetensors", "sam.safetensors", "lens.json"):
             (folder / file).unlink()
-        return folder
-    before = contents(whole.folder)
-    last = strip(tmp_path / "last")
-    call(whole.script, "--output", last, "--resume", "--steps", 6)
-    after = contents(last)
-    assert after.keys() == before.keys()
-    assert [name for name in before if after[name] != before[name]] == ["settings.json"]
-    earlier = strip(tmp_path / "earlier")
-    shutil.rmtree(earlier / "checkpoints/step_000006")
-    call(whole.script, "--output", earlier, "--resume", "--steps", 4)
-    after = contents(earlier)
-    assert after["lens.json"] == before["lens.json"] and len(rows(earlier)) == 4
-    assert after["context.safetensors"] != before["context.safetensors"]
+        if steps < whole.steps:
+            shutil.rmtree(folder / f"checkpoints/step_{whole.steps:06d}")
+        call(whole.script, "--output", folder, "--resume", "--steps", steps)
+        assert len(rows(folder)) == steps
+        models.append(contents(folder))
+    assert models[0].keys() == before.keys()
+    assert [name for name in before if models[0][name] != before[name]] == ["settings.json"]
+    assert models[1]["lens.json"] == before["lens.json"]
+    assert models[1]["context.safetensors"] != before["context.safetensors"]
 
 
 def largest_move(before, after, file):
@@ -426,43 +401,46 @@ def test_a_run_resumes_only_on_its_own_data(world, aligned, tmp_path):
 
 # --- What stops a run -----------------------------------------------------------------------------
 
-def test_only_a_run_that_saved_something_is_in_the_way(world, aligned, tmp_path):
+def test_only_a_run_that_saved_something_is_in_the_way(world, aligned, mesh, tmp_path):
     """A run that ended before its first checkpoint is started again; a checkpoint or a finished run
-    stays."""
-    said = refused("align.py", "--data", world, "--output", aligned)
-    assert all(part in said for part in (f"{aligned} holds a run already", "--resume", "--output"))
-    args, records = TrainArgs(output=str(tmp_path)), read_records(world, ["shapes"], ["train"])
-    align.start_processes(SharedArgs())
-    try:
-        (tmp_path / "metrics.jsonl").write_text("")
-        align.open_output(args, [args], records, 0)
-        assert json.loads((tmp_path / "settings.json").read_text())["lr"] == args.lr
-        (tmp_path / "checkpoints/step_000001").mkdir(parents=True)
-        with pytest.raises(LensError, match="holds a run already"):
-            align.open_output(args, [args], records, 0)
-        (tmp_path / "file").write_text("")
-        args = TrainArgs(output=str(tmp_path / "file"))
-        with pytest.raises(LensError, match="cannot use it .*Not a directory.* all machines see"):
-            align.open_output(args, [args], records, 0)
-        args = TrainArgs(output=str(tmp_path / "other"))  # rank 1 of a machine with its own disk
-        with pytest.raises(LensError, match="cannot use it .*No such file.* all machines see"):
-            align.open_output(args, [args], records, 1)
-    finally:
-        dist.destroy_process_group()
+    stays. Every process must see the folder."""
+    records = read_records(world, ["shapes"], ["train"])
+
+    def open_output(folder, rank=0):
+        args = TrainArgs(output=str(folder))
+        return align.open_output(args, [args], records, rank)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert open_output(tmp_path) == tmp_path
+    assert json.loads((tmp_path / "settings.json").read_text())["lr"] == 3e-5
+    (tmp_path / "checkpoints/step_000001").mkdir(parents=True)
+    for folder in tmp_path, aligned:
+        with pytest.raises(LensError, match=f"{folder} holds a run already.*--resume.*--output"):
+            open_output(folder)
+    (tmp_path / "file").write_text("")
+    for folder, rank in (tmp_path / "file", 0), (tmp_path / "on another machine", 1):
+        with pytest.raises(LensError, match=f"--output {folder}: this process cannot use it"):
+            open_output(folder, rank)
 
 
-@pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (0.5, math.inf), (math.inf, math.nan)])
-def test_no_update_with_a_number_that_is_not_finite(loss, gradient):
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([{"params": [weight], "peak_lr": 1.0}], lr=1.0)
-    module = torch.nn.ParameterList([weight])
-    align.start_processes(SharedArgs())
-    try:
-        mesh = align.init_device_mesh("cpu", (1,))
-        weight.data = torch.distributed.tensor.distribute_tensor(weight.data, mesh)
-    finally:
-        dist.destroy_process_group()
-    assert module and optimizer and loss and gradient
+@pytest.mark.parametrize("loss, gradient", [(0.5, 2.0), (math.nan, 1.0), (0.5, math.inf),
+                                            (0.5, math.nan)])
+def test_an_update_by_hand(loss, gradient, mesh):
+    """The gradient is (2, 2) and 2 for the bias, its norm 12 ** 0.5. AdamW's first step moves every
+    weight by the learning rate, here 0.25 of 0.1. A number that is not finite moves nothing."""
+    layer = fully_shard(torch.nn.Linear(2, 1), mesh=mesh)
+    before = layer.weight.full_tensor().clone()
+    args = TrainArgs(output="my/run")
+    optimizer = align.make_optimizer([{"params": layer.parameters(), "peak_lr": 0.1}], args,
+                                     torch.device("cpu"))
+    (layer(torch.ones(1, 2)).sum() * gradient).backward()
+    if math.isfinite(loss * gradient):
+        norm = align.apply_update(layer, optimizer, 0.25, args, loss, 7)
+        assert norm == pytest.approx(12 ** 0.5) and layer.weight.grad is None
+        assert (layer.weight.full_tensor() - before).tolist() == [[pytest.approx(-0.025)] * 2]
+    else:
+        with pytest.raises(LensError, match="^step 8: the loss is .*my/run/checkpoints"):
+            align.apply_update(layer, optimizer, 0.25, args, loss, 7)
+        assert torch.equal(layer.weight.full_tensor(), before)
 
 
 def test_a_loss_of_nan_stops_before_the_update(world, aligned, tmp_path):
@@ -476,21 +454,22 @@ def test_a_loss_of_nan_stops_before_the_update(world, aligned, tmp_path):
     assert checkpoints(folder) and not (folder / "lens.json").exists()
 
 
-def test_a_checkpoint_that_cannot_be_saved_or_does_not_fit(world, aligned, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    shutil.copytree(aligned, run)
-
-    def full(*args, **options):
-        raise align.CheckpointException("", {0: OSError(28, "No space left on device")})
-    resume = ("align.py", "--output", run, "--resume", "--steps", 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(align.dcp, "save", full)
+def test_a_checkpoint_that_cannot_be_saved_or_loaded(aligned, tmp_path):
+    """A disk takes no file above a megabyte; another architecture; a damaged file."""
+    folder = tmp_path / "run"
+    shutil.copytree(aligned, folder)
+    resume = ("align.py", "--output", folder, "--resume", "--steps", 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, before[1]))
         said = refused(*resume)
-    assert "step_000003 could not be saved; is the disk full?" in said and "No space left" in said
-    said = refused(*resume, "--num-queries", 4)
-    assert "step_000002 does not fit this model" in said
-    metadata = run / "checkpoints/step_000002/.metadata"
-    metadata.write_bytes(metadata.read_bytes()[:100])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search("step_000003 could not be saved; is the disk full.*File too large", said)
+    assert "step_000003" not in checkpoints(folder)
+    assert "step_000002 does not fit this model" in refused(*resume, "--num-queries", 4)
+    damaged = folder / "checkpoints/step_000002/.metadata"
+    damaged.write_bytes(damaged.read_bytes()[:100])
     assert "it is damaged: delete this folder and resume again" in refused(*resume)
 
 
@@ -528,13 +507,15 @@ def test_without_a_preset_and_data_it_says_what_to_download(script, tmp_path):
     assert all(part in said for part in ("datasets/refer_seg/refcoco", "Download", "--preset tiny"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_one_line_whoever_reads_it(workers, world, tmp_path):
-    """Also if a loader process reads it, whose error comes with its traceback."""
+def test_from_the_shell_a_damaged_image_is_one_line(world, tmp_path):
+    """A process of its own meets it, whose error comes with its traceback. The run does not wait
+    for these processes: they ignore SIGTERM, by which Python would end them."""
     shutil.copytree(world, tmp_path / "world")
     for image in (tmp_path / "world").rglob("*.jpg"):
         image.write_bytes(b"damaged")
-    said = refused("align.py", "--data", tmp_path / "world", "--output", tmp_path / "run",
-                   "--steps", 1, "--batch", 2, "--micro-batch", 2, "--workers", workers)
-    error, = [line for line in said.splitlines() if "rror" in line]
-    assert re.search(r"align.py: error: .*/COCO_train2014_\d+.jpg: no readable image", error)
+    flags = ["--data", tmp_path / "world", "--output", tmp_path / "run", "--batch", 2]
+    done = run(sys.executable, "align.py", "--preset", "tiny", *flags, "--micro-batch", 2,
+               "--workers", 2, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error, = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert re.search(r"^align.py: error: .*/COCO_train2014_\d+.jpg: no readable image", error)

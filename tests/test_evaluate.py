@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (ROOT, SAM_SIDE, call, in_two, random_batch, random_completions, random_sam,
-                      refused)
+from conftest import ROOT, SAM_SIDE, call, in_two, random_batch, random_sam, refused
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import AutoProcessor
@@ -178,18 +177,17 @@ def test_groups_and_table_by_hand():
 
 def test_the_queries_way_equals_forward_one(lens):
     """Two prompts of different lengths and images, in float64: each mask is that of the plainest
-    forward. This holds for both --mask-pass, whose masks differ."""
+    forward of its greedy completion. This holds for both --mask-pass, whose masks differ."""
     lens.double().eval()
     lens.sam.sam_prompt_encoder.pe_layer.float()                 # sam2 makes its inputs in float32
-    batch, completions = random_batch(dtype=torch.float64), random_completions(B=2, G=1)
-    masks = {}
+    batch, masks = random_batch(dtype=torch.float64), {}
+    tokenizer = SimpleNamespace(batch_decode=lambda completions, **_: [""] * len(completions))
     for lens.mask_pass in "paper", "released":
         with torch.no_grad():
-            masks[lens.mask_pass] = evaluate.prompt_with_queries(
-                lens, batch, model.prompt_positions(lens.mllm, batch), completions,
-                lens.encode_images(batch["sam_pixels"]))
-            for b in range(2):
-                alone = model.forward_one(lens, data.select(batch, [b]), completions[b][0])
+            samples, _, masks[lens.mask_pass], _ = evaluate.predict(lens, lens.mllm, batch,
+                                                                    tokenizer, 6)
+            for b, (completion,) in enumerate(samples.completions):
+                alone = model.forward_one(lens, data.select(batch, [b]), completion)
                 assert (masks[lens.mask_pass][b] - alone["mask_logits"]).abs().max() < 1e-10
     assert (masks["paper"] - masks["released"]).abs().max() > 1e-3
 

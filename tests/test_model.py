@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (END, FAMILIES, IMAGE, ROOT, SAM_CONFIG, SAM_SIDE, VOCABULARY, random_batch,
                       random_completions, random_lens, random_mllm, random_sam)
 from hydra.utils import instantiate
@@ -266,13 +265,6 @@ def test_what_each_stage_trains(lens, stage, moving):
                      "sam.sam_mask_decoder.mask_tokens.weight", "sam.no_mem_embed",
                      "sam.sam_prompt_encoder.no_mask_embed.weight"}
     assert expected <= moved
-
-
-@pytest.fixture
-def mesh():
-    """Of this process alone."""
-    yield align.start_processes(SharedArgs())[3]
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("tied", [True, False])  # 2B and 3B have no head of their own, 7B has

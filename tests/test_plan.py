@@ -1,5 +1,6 @@
 """tests/tools/plan.py beside measured bytes and counted FLOPs, on real models that are small enough
 for a CPU; and the scripts that use its formulas."""
+import copy
 import sys
 import weakref
 
@@ -138,8 +139,8 @@ def test_caches(precision, monkeypatch):
     caches = []
 
     class Watched(train_rl.GrowingCache):
-        def __init__(self, *given):
-            super().__init__(*given)
+        def begin(self, *given):
+            super().begin(*given)
             caches.append(self.cache)
     monkeypatch.setattr(train_rl, "GrowingCache", Watched)
     sampler = train_rl.copy_mllm(lens.mllm, precision)
@@ -200,6 +201,12 @@ def add_ground_truth(batch, n):
               "low_res_weights": torch.rand(n, SAM_SIDE // 4, SAM_SIDE // 4)}
 
 
+def of_the_same_file(mllm):
+    """A second model over the same memory, as two models have it that map one file."""
+    memo = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in mllm.parameters()}
+    return copy.deepcopy(mllm, memo)
+
+
 def two_steps(lens, batch, completions, args, precision, world, mesh):
     """As train_rl.main takes them; the memory of `lens` stands for the mapped files. -> {phase: the
     most bytes alive}, {part: its bytes after the second step}"""
@@ -209,7 +216,7 @@ def two_steps(lens, batch, completions, args, precision, world, mesh):
     frozen = [p for p in lens.parameters() if not p.requires_grad]
     with Peak(lens.parameters()) as seen:
         sampler = train_rl.copy_mllm(lens.mllm, precision)
-        reference = train_rl.Reference(train_rl.share_mllm(lens.mllm), lens.forbidden)
+        reference = train_rl.Reference(of_the_same_file(lens.mllm), lens.forbidden)
         model.checkpoint_layers(lens.mllm)
         model.shard(lens, mesh, precision, frozen)
     peaks["start"] = seen.peak
@@ -247,8 +254,7 @@ def two_steps(lens, batch, completions, args, precision, world, mesh):
 
 
 @pytest.mark.parametrize("shape", [
-    dict(G=8, T=30), dict(T=12, V=16384, C=128, mlp=688),
-    dict(T=20, precision="fp32", plain=True)])
+    dict(T=12, V=16384, C=128, mlp=688), dict(T=20, precision="fp32", plain=True)])
 def test_one_process(shape):
     """Weights, gradients, optimizer and copies to the byte. Each phase's peak within -5 % and
     +15 %, and what training adds to those parts within -15 % and +40 %: the plan adds up things
@@ -305,13 +311,13 @@ def test_printed_plan(capsys, monkeypatch):
     text = printed()
     assert "on 16 GPUs of 48 GB: 3.96 G parameters train" in text and "4 prompts per GPU" in text
     assert f"rows of {1475 + 8 * (768 + 64)}" in text and "between nodes" not in text
-    assert "rows of 8704" in printed("--max-pixels", 0)
-    assert "between nodes" in printed("--shard", "hybrid")
-    assert "DOES NOT FIT" in printed("--gpus", 1, "--gpu-memory", 24)
-    text = printed("--preset", "2b", "--group-size", 2, "--max-pixels", 1_000_000)
+    text = printed("--max-pixels", 0, "--shard", "hybrid")
+    assert "rows of 8704" in text and "between nodes" in text
+    text = printed("--preset", "2b", "--group-size", 2, "--gpus", 1, "--gpu-memory", 24)
     assert "Qwen2-VL-2B" in text and f"rows of {1475 + 2 * (768 + 64)}" in text
-    with pytest.raises(LensError, match="does not split over 3"):
-        printed("--gpus", 3)
+    assert "DOES NOT FIT" in text
+    with pytest.raises(LensError, match="does not split over 5"):
+        printed("--preset", "tiny", "--gpus", 5)
     with pytest.raises(SystemExit):
         printed("--gpus", 0)
     assert "--gpus must be at least 1" in capsys.readouterr().err
@@ -321,8 +327,7 @@ def test_the_cluster_page_is_what_its_script_writes():
     assert (ROOT / "docs/evidence/cluster.md").read_text() == cluster.page()
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_the_dry_run_of_a_tiny_model(micro_batch, monkeypatch):
+def test_the_dry_run_of_a_tiny_model(monkeypatch):
     """Rank 0 of 4 with fake tensors: what is held all along within 1 %, the moment of a layer
     within 10 %, what FSDP receives within 3 %. (SAM's unit, which the plan leaves out, is a third
     of all that comes and goes in so small a model. So the other moments are not compared.)"""
@@ -340,7 +345,7 @@ def test_the_dry_run_of_a_tiny_model(micro_batch, monkeypatch):
     count("gradients reduced", _fsdp_collectives.DefaultReduceScatter)
     shared = SharedArgs(**{**align.TINY, "mllm": str(ROOT / align.TINY["mllm"]),
                            "sam": str(ROOT / align.TINY["sam"]), "precision": "bf16"})
-    args = train_rl.RLArgs(batch=8, micro_batch=micro_batch, init="none")
+    args = train_rl.RLArgs(batch=16, micro_batch=2, init="none")
     case = dry_run.dry_run(shared, args, gpus=4, P=120, patches=256)
     rows = dry_run.compare(case)
     for part in ("weights", "Adam", "gradients", "frozen parts", "sampling copy", "reference"):

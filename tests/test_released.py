@@ -1,16 +1,15 @@
-"""tests/convert_released.py: random checkpoints under the released code's names and config keys
-(FACTS.md), converted, loaded as any run, and compared with the released code's mask pass written
-anew; and the sizes of the real models, which tests/parameters.py and the converter rely on."""
+"""tests/tools/convert_released.py: random checkpoints with the names and keys of the released code,
+converted, loaded like any run, and compared with its mask pass, which is written here anew. And the
+sizes of the real models."""
 import copy
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (END, IMAGE, ROOT, SAM_SIDE, random_batch, random_completions, random_sam,
-                      run)
+from conftest import (END, IMAGE, ROOT, SAM_SIDE, call, random_batch, random_completions,
+                      random_sam, refused)
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from test_model import decode, sam_with_post_processing
@@ -20,35 +19,36 @@ import convert_released
 import data
 import model
 import parameters
-from align import SharedArgs
-from model import context_positions, pack_groups, prompt_positions
+import plan
+from align import SharedArgs, start_processes
+from grpo import pack_groups
+from model import context_positions, prompt_positions
 
-MEMORY = ["memory_attention.layers.0.linear1.weight", "memory_encoder.out_proj.weight",
-          "mask_downsample.weight", "no_obj_ptr", "no_obj_embed_spatial",
-          "obj_ptr_proj.layers.0.weight", "obj_ptr_tpos_proj.bias"]          # SAM 2's, for video
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "processor_config.json",
+C, M = 512, 6                                    # with less than 512, ours has not 16 heads
+VIDEO_MEMORY = ["memory_attention.layers.0.linear1.weight", "memory_encoder.out_proj.weight",
+                "mask_downsample.weight", "no_obj_ptr", "no_obj_embed_spatial",
+                "obj_ptr_proj.layers.0.weight", "obj_ptr_tpos_proj.bias"]
+PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "processor_config.json",
              "chat_template.jinja")
 
 
 def write_released(folder, family="qwen2_5_vl", tied=True, told_by="architectures", files=1,
-                   connector=True, change=None):
-    """A random LENS, M = 6, hidden size 64, a SAM like the stand-in. `told_by`: what says that it
-    is a Qwen2.5-VL; `change`(tensors) damages it. -> the MLLM, SAM 2's state and the tensors that
-    went into the file"""
+                   connector=True, change=None, vocabulary=0):
+    """A random LENS with a SAM like the stand-in. told_by: what says that it is a Qwen2.5-VL;
+    change(tensors) changes what goes into the file. -> the MLLM, SAM's state, the tensors"""
     config, text, vision = released_config(family, tied, told_by, connector)
+    text["vocab_size"] = config["vocab_size"] = vocabulary or text["vocab_size"]
     torch.manual_seed(0)
     mllm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(
         family, **copy.deepcopy({**text, "vision_config": vision}))).float().eval()
     sam = random_sam()
     with torch.no_grad():
         sam.sam_mask_decoder.output_hypernetworks_mlps[0].layers[-1].weight.mul_(30)
-    tensors = {}
-    for name, tensor in mllm.state_dict().items():
-        if not (tied and name == "lm_head.weight"):
-            name = name.replace("model.language_model.", "model.")
-            tensors[name.replace("model.visual.", "visual.")] = tensor
+    tensors = {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."):
+               tensor for name, tensor in mllm.state_dict().items()
+               if not (tied and name == "lm_head.weight")}
     tensors |= {f"sam.{name}": tensor for name, tensor in sam.state_dict().items()}
-    tensors |= {f"sam.{name}": torch.randn(3) for name in MEMORY}
+    tensors |= {f"sam.{name}": torch.randn(3) for name in VIDEO_MEMORY}
     tensors |= context_tensors(connector)
     tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     if change:
@@ -59,35 +59,31 @@ def write_released(folder, family="qwen2_5_vl", tied=True, told_by="architecture
         save_file({name: tensors[name] for name in names[i::files]},
                   folder / f"model-{i + 1:05d}-of-{files:05d}.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    for file in TOKENIZER:
+    for file in PROCESSOR:
         shutil.copy(ROOT / "tests/tiny/mllm" / file, folder)
-    (folder / "sam").mkdir()                 # for --sam; no weights: the checkpoint holds its own
+    (folder / "sam").mkdir()                     # for --sam, without weights
     shutil.copy(ROOT / "tests/tiny/sam/config.yaml", folder / "sam")
     return mllm, sam.state_dict(), tensors
 
 
 def released_config(family, tied, told_by, connector):
-    """-> config.json as the released code writes it; what of it makes the same MLLM; its vision
-    tower's"""
-    shape = json.loads((ROOT / "tests/tiny/mllm/config.json").read_text())
-    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, vocab_size=shape["text_config"]["vocab_size"],
-                rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=4096,
-                initializer_range=0.2, bos_token_id=None,
-                eos_token_id=2, pad_token_id=0, hidden_act="silu", tie_word_embeddings=tied,
-                rope_scaling=dict(mrope_section=[2, 3, 3], rope_type="default", type="default"))
-    for name in ("image", "video", "vision_start", "vision_end"):
-        text[f"{name}_token_id"] = shape[f"{name}_token_id"]
-    vision = dict(depth=2, num_heads=2, patch_size=8, in_chans=3, spatial_patch_size=8,
-                  initializer_range=0.2)
+    """-> config.json as the released code writes it; what of it makes the MLLM; its vision tower"""
+    stand_in = json.loads((ROOT / "tests/tiny/mllm/config.json").read_text())
+    text = {name: number for name, number in stand_in.items() if name.endswith("token_id")}
+    text |= dict(hidden_size=C, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=stand_in["text_config"]["vocab_size"],
+                 rope_theta=1e4, initializer_range=0.1, bos_token_id=None, eos_token_id=END,
+                 pad_token_id=0, tie_word_embeddings=tied,
+                 rope_scaling=dict(mrope_section=[16, 24, 24], rope_type="default", type="default"))
+    vision = dict(depth=2, num_heads=2, patch_size=8, in_chans=3, initializer_range=0.2)
     if family == "qwen2_5_vl":
-        vision |= dict(hidden_size=32, out_hidden_size=64, intermediate_size=64)
+        vision |= dict(hidden_size=32, out_hidden_size=C, intermediate_size=64)
         vision |= {"window_size": {"window_size": 32},
                    "fullatt_block_indexes": {"fullatt_block_indexes": [1]}}.get(told_by, {})
     else:
-        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+        vision |= dict(embed_dim=32, hidden_size=C, mlp_ratio=2)
     name = "SAMR1ForConditionalGeneration" + "_qwen2p5" * (told_by == "architectures")
-    config = {**text, "vision_config": vision | {"model_type": "qwen2_vl"}, "num_of_query": 6,
+    config = {**text, "vision_config": vision | {"model_type": "qwen2_vl"}, "num_of_query": M,
               "model_type": "qwen2_vl", "architectures": [name], "if_use_qwen_connector": connector,
               "torch_dtype": "float32", "transformers_version": "4.51.3"}
     return config, text, vision
@@ -95,10 +91,10 @@ def released_config(family, tied, told_by, connector):
 
 def context_tensors(connector):
     """Queries and connector under the released names."""
-    g, C, M = torch.Generator().manual_seed(0), 64, 6
+    g = torch.Generator().manual_seed(0)
 
     def draw(*size):
-        return torch.randn(*size, generator=g) * 0.2
+        return torch.randn(*size, generator=g) * 0.05
     tensors = {"learnable_query": draw(1, M, C),
                "conv_1d.weight": draw(C, C, M), "conv_1d.bias": draw(C),
                "proj_to_sam.0.weight": draw(C, C), "proj_to_sam.0.bias": draw(C),
@@ -128,11 +124,11 @@ def load(out):
 
 @torch.no_grad()
 def released_prompt(mllm, t, batch, completion, connector=True):
-    """The released code's mask pass written anew from its tensors, one completion: Hugging Face's
-    forward without position ids (so it counts 0, 1, 2, ...), four ViT blocks, the convolution over
-    M, the MLP. -> (1, 1, D)"""
-    ids = torch.cat([batch["ids"][0], completion])
-    embeds, (M, C) = mllm.get_input_embeddings()(ids), t["learnable_query"].shape[1:]
+    """The mask pass of the released code from its tensors t, for one completion: Hugging Face's
+    forward without position ids (so it counts 0, 1, 2, ...), four ViT blocks with 16 heads, the
+    convolution over M, the MLP. -> prompt embedding (1, 1, D)"""
+    ids = torch.cat([batch["prompt_ids"][0], completion])
+    embeds = mllm.get_input_embeddings()(ids)
     features = mllm.model.get_image_features(batch["pixel_values"], batch["grid_thw"])
     embeds[ids == mllm.config.image_token_id] = torch.cat(features.pooler_output)
     embeds = torch.cat([embeds, t["learnable_query"][0]])[None]
@@ -158,7 +154,7 @@ def released_prompt(mllm, t, batch, completion, connector=True):
 
 @torch.no_grad()
 def mask_logits(lens, batch, packed):
-    features = lens.encode_pictures(batch["sam_pixels"])
+    features = lens.encode_images(batch["sam_pixels"])
     return lens(batch["pixel_values"], batch["grid_thw"], packed, features)["mask_logits"]
 
 
@@ -168,7 +164,7 @@ def mask_logits(lens, batch, packed):
     ("qwen2_5_vl", True, "window_size", 1, True),
     ("qwen2_vl", True, "nothing", 3, True),
     ("qwen2_vl", False, "nothing", 1, False)])
-def test_it_equals_a_plain_reimplementation(family, tied, told_by, files, connector, tmp_path):
+def test_it_equals_the_released_mask_pass(family, tied, told_by, files, connector, tmp_path):
     mllm, sam, tensors = write_released(tmp_path / "LENS", family, tied, told_by, files, connector)
     assert convert(tmp_path / "LENS", tmp_path / "run")
     lens, processor = load(tmp_path / "run")
@@ -176,61 +172,60 @@ def test_it_equals_a_plain_reimplementation(family, tied, told_by, files, connec
     assert lens.mllm.config.model_type == family
     assert (lens.mllm.lm_head.weight is lens.mllm.get_input_embeddings().weight) == tied
     assert all(torch.equal(p, mllm.get_parameter(n)) for n, p in lens.mllm.named_parameters())
-    # the cap of 1,000,000 pixels never raises what the processor brings
+    # --max-pixels never raises the processor's own limit
     assert processor.image_processor.size["longest_edge"] == 26_569
     batch = random_batch(((1, 4, 6),), (7,))
-    ours_for_theirs = torch.tensor(mllm.config.image_token_id)
-    batch["ids"] = [ids.where(ids != IMAGE, ours_for_theirs) for ids in batch["ids"]]
+    image = torch.tensor(mllm.config.image_token_id)
+    batch["prompt_ids"] = [ids.where(ids != IMAGE, image) for ids in batch["prompt_ids"]]
     completions, in_3d = random_completions(1, 3), prompt_positions(lens.mllm, batch)
-    in_1d = context_positions(in_3d, lens.positions)
-    packed = pack_groups(batch["ids"], in_1d, completions, lens.M)
+    in_1d = context_positions(in_3d, lens.mask_pass)
+    packed = pack_groups(batch["prompt_ids"], in_1d, completions, M)
     theirs = sam_with_post_processing(sam)
     for mask, completion in zip(mask_logits(lens, batch, packed), completions[0]):
         prompt = released_prompt(mllm, tensors, batch, completion, connector)
         expected = decode(theirs, batch["sam_pixels"], prompt)[0]
         assert expected.std() > 0.01
         assert (mask - expected).abs().max() < 1e-4 * expected.std() + 1e-5
-        packed = pack_groups(batch["ids"], in_3d, [[completion]], lens.M)
+        packed = pack_groups(batch["prompt_ids"], in_3d, [[completion]], M)
         other = mask_logits(lens, batch, packed)[0]                          # positions do matter
         assert (other - expected).abs().max() > 0.01 * expected.std()
 
 
 def test_from_the_command_line_to_a_mask(world, tmp_path):
-    """Converted and evaluated: prompt, greedy answer (3-D positions), mask pass (1-D) and mask,
-    each made anew here. The run folder has been moved meanwhile."""
+    """Converted and evaluated: prompt, greedy completion (3-D positions), mask pass (1-D) and mask,
+    each computed here anew. The run folder has been moved meanwhile."""
     folder, out, rows = tmp_path / "LENS", tmp_path / "elsewhere", tmp_path / "rows.jsonl"
     mllm, sam, tensors = write_released(folder, told_by="window_size", files=2)
-    run(sys.executable, "tests/convert_released.py", folder, tmp_path / "run", "--sam",
-        folder / "sam")
+    call("convert_released.py", folder, tmp_path / "run", "--sam", folder / "sam", preset="")
     (tmp_path / "run").rename(out)
     processor = AutoProcessor.from_pretrained(folder)
     shutil.rmtree(folder)
-    run(sys.executable, "evaluate.py", "--checkpoint", out, "--data", world, "--datasets", "shapes",
-        "--limit", 3, "--max-completion", 8, "--precision", "fp32", "--workers", 0,
-        "--predictions", rows)
+    call("evaluate.py", "--checkpoint", out, "--data", world, "--datasets", "shapes", "--limit", 3,
+         "--max-completion", 8, "--precision", "fp32", "--workers", 0, "--predictions", rows,
+         preset="")
     theirs = sam_with_post_processing(sam)
     special = processor.tokenizer.added_tokens_decoder.items()
     banned = [[i] for i, token in special if token.special and i != END]
     val = data.EvaluationRows(data.read_records(world, ["shapes"], ["val"]), 3)
     items = {item["id"]: item for item in val}
     for row in map(json.loads, rows.read_text().splitlines()):
-        item = items.pop(row["key"])
+        item = items.pop(row["id"])
         text = ("<|im_start|>system\nYou are a helpful assistant. <|im_end|>\n<|im_start|>user\n"
                 "<|vision_start|><|image_pad|><|vision_end|>Output the bounding box of the "
-                f"{item['text']} in the image.<|im_end|>\n<|im_start|>assistant\n")
+                f"{item['expression']} in the image.<|im_end|>\n<|im_start|>assistant\n")
         inputs = processor(text=[text], images=[item["image"]], return_tensors="pt",
                            return_mm_token_type_ids=True)
-        answered = mllm.generate(**inputs, do_sample=False, max_new_tokens=8, bad_words_ids=banned,
-                                 eos_token_id=END, pad_token_id=0)
-        completion = answered[0, inputs["input_ids"].shape[1]:]
-        assert row["answer"] == processor.tokenizer.decode(completion, skip_special_tokens=True)
-        batch = {"ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"],
+        ids = mllm.generate(**inputs, do_sample=False, max_new_tokens=8, bad_words_ids=banned,
+                            eos_token_id=END, pad_token_id=0)
+        completion = ids[0, inputs["input_ids"].shape[1]:]
+        assert row["completion"] == processor.tokenizer.decode(completion, skip_special_tokens=True)
+        batch = {"prompt_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"],
                  "grid_thw": inputs["image_grid_thw"]}
         prompt = released_prompt(mllm, tensors, batch, completion)
-        logits = decode(theirs, data.sam_picture(item["image"], SAM_SIDE)[None], prompt)
-        expected = F.interpolate(logits[None], item["mask"].shape, mode="bilinear")[0, 0] > 0
-        found = torch.from_numpy(coco_mask.decode(row["mask"])).bool()
-        assert (found == expected).float().mean() > 0.999
+        logits = decode(theirs, data.sam_image(item["image"], SAM_SIDE)[None], prompt)
+        expected = F.interpolate(logits[None], item["gt_mask"].shape, mode="bilinear")[0, 0] > 0
+        mask = torch.from_numpy(coco_mask.decode(row["mask"])).bool()
+        assert (mask == expected).float().mean() > 0.999
         assert 100 < expected.sum() < expected.numel() - 100
     assert not items
 
@@ -238,47 +233,49 @@ def test_from_the_command_line_to_a_mask(world, tmp_path):
 # --- The folder it writes -------------------------------------------------------------------------
 
 def test_an_ordinary_run_folder(tmp_path):
-    """Settings of the released code; SAM 2 as the checkpoint holds it, image encoder included; the
-    MLLM in the precision of the file, with what its generation config says."""
+    """The released code's settings; SAM 2 as the checkpoint holds it; the MLLM in the precision of
+    the file, with its generation config. A run that starts from it is whole without it."""
     def halve(tensors):
         for name in tensors:
             if name.startswith(("model.", "visual.", "lm_head.")):
                 tensors[name] = tensors[name].bfloat16()
     mllm, sam, tensors = write_released(tmp_path / "LENS", change=halve)
     (tmp_path / "LENS/generation_config.json").write_text('{"eos_token_id": 2, "top_k": 3}')
+    run = tmp_path / "run"
     (tmp_path / "run.tmp/sam").mkdir(parents=True)                   # of a call that was killed
-    convert(tmp_path / "LENS", tmp_path / "run", prompt="released-cot")
+    convert(tmp_path / "LENS", run, prompt="released-cot")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LENS", "run"]
     names = ["context.safetensors", "lens.json", "mllm", "sam", "sam.safetensors"]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
-    settings = model.read_run(tmp_path / "run")
+    assert sorted(path.name for path in run.iterdir()) == names
+    settings = model.read_run(run)
     assert settings.keys() == SharedArgs.__dataclass_fields__.keys()
-    expected = {"profile": "released", "prompt": "released-cot", "positions": "1d",
-                "num_queries": 6, "multimask": True, "prompt_tokens": "one",
-                "max_pixels": 1_000_000, "connector": "vit", "connector_heads": 16,
-                "mllm": str(tmp_path / "run/mllm"), "sam": str(tmp_path / "run/sam")}
+    expected = {"profile": "released", "prompt": "released-cot", "mask_pass": "released",
+                "num_queries": M, "sam_tokens": "one", "max_pixels": 1_000_000, "connector": "vit",
+                "mllm": str(run / "mllm"), "sam": str(run / "sam")}
     assert {name: settings[name] for name in expected} == expected
-    loaded = model.load_sam(str(tmp_path / "run/sam")).state_dict()
+    loaded = model.load_sam(str(run / "sam")).state_dict()
     assert loaded.keys() == sam.keys() and all(torch.equal(loaded[name], sam[name]) for name in sam)
-    weights = load_file(tmp_path / "run/mllm/model.safetensors")
+    weights = load_file(run / "mllm/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    config = json.loads((tmp_path / "run/mllm/config.json").read_text())
+    config = json.loads((run / "mllm/config.json").read_text())
     assert config["model_type"] == "qwen2_5_vl" and "num_of_query" not in json.dumps(config)
-    assert '"top_k": 3' in (tmp_path / "run/mllm/generation_config.json").read_text()
-    lens, _ = load(tmp_path / "run")
+    assert '"top_k": 3' in (run / "mllm/generation_config.json").read_text()
+    lens, processor = load(run)
     assert lens.prompt == "released-cot" and lens.queries.dtype == torch.float32
     assert torch.equal(lens.queries, tensors["learnable_query"][0])
 
+    start_processes(SharedArgs())
+    try:
+        model.export(tmp_path / "next", lens, SharedArgs(**settings), lens.mllm, processor)
+    finally:
+        torch.distributed.destroy_process_group()
+    shutil.rmtree(run)
+    again, _ = load(tmp_path / "next")
+    for name, tensor in lens.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
-def test_an_earlier_folder_stays(tmp_path):
-    write_released(tmp_path / "LENS")
-    (tmp_path / "run").mkdir()
-    with pytest.raises(data.LensError, match="run exists already"):
-        convert(tmp_path / "LENS", tmp_path / "run")
-    assert not list((tmp_path / "run").iterdir())
 
-
-def test_video_memory_that_it_does_not_hold_is_zeros(tmp_path):
+def test_video_memory_that_the_checkpoint_does_not_hold_is_zeros():
     """SAM2-Large is built with its memory; a checkpoint may hold all else of it."""
     sam = random_sam()
     tensors = sam.state_dict()
@@ -287,25 +284,29 @@ def test_video_memory_that_it_does_not_hold_is_zeros(tmp_path):
     assert convert_released.fill_sam(sam, tensors) == [] and not sam.no_mem_pos_enc.any()
 
 
-def test_without_a_processor(tmp_path, monkeypatch, capsys):
-    """It is said where one belongs, and then the run is whole."""
+def test_without_a_processor(tmp_path):
+    """It says where one belongs, and then the run is complete."""
     folder, out = tmp_path / "LENS", tmp_path / "run"
     write_released(folder)
-    for file in TOKENIZER:
+    for file in PROCESSOR:
         (folder / file).unlink()
-    command = ["convert_released.py", str(folder), str(out), "--sam", str(folder / "sam")]
-    monkeypatch.setattr(sys, "argv", command)
-    convert_released.main()
-    said = capsys.readouterr().out
-    assert f"put those of the MLLM it was trained from into {out / 'mllm'}" in said
+    said = call("convert_released.py", folder, out, "--sam", folder / "sam", preset="")
+    assert f"Copy those of the MLLM it was trained from into {out / 'mllm'}" in said
     with pytest.raises(data.LensError, match="run/mllm: could not be loaded"):
         load(out)
-    for file in TOKENIZER:
+    for file in PROCESSOR:
         shutil.copy(ROOT / "tests/tiny/mllm" / file, out / "mllm")
     assert load(out)
 
 
 # --- What is wrong is named, and nothing is written -----------------------------------------------
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released") / "LENS"
+    write_released(folder, tied=False)
+    return folder
+
 
 def drop(name):
     return lambda tensors: tensors.pop(name)
@@ -317,83 +318,78 @@ def put(name, *size):
 
 @pytest.mark.parametrize("change, named", [
     (drop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight"),
-    (drop("model.embed_tokens.weight"), "embed_tokens"),
     (drop("visual.merger.mlp.0.bias"), "merger.mlp.0.bias"),
     (drop("lm_head.weight"), "lm_head.weight"),
     (drop("connector.blocks.2.mlp.fc1.bias"), "blocks.2.fc1.bias"),
     (drop("learnable_query"), "queries"),
-    (drop("conv_1d.bias"), "squeeze.bias"),
     (drop("sam.no_mem_embed"), "no_mem_embed"),
-    (drop("sam.sam_mask_decoder.mask_tokens.weight"), "mask_tokens"),
     (put("stranger", 3), "stranger"),
-    (put("model.layers.2.mlp.up_proj.weight", 128, 64), "layers.2.mlp.up_proj"),
+    (put("model.layers.2.mlp.up_proj.weight", 128, C), "layers.2.mlp.up_proj"),
     (put("visual.stranger", 3), "visual.stranger"),
     (put("connector.stranger", 3), "stranger"),
     (put("sam.stranger", 3), "stranger"),
-    (put("model.norm.weight", 65), "norm.weight"),
-    (put("visual.patch_embed.proj.weight", 32, 3, 2, 8, 9), "patch_embed"),
-    (put("learnable_query", 1, 7, 64), "queries"),
+    (put("model.norm.weight", C + 1), "norm.weight"),
+    (put("learnable_query", 1, M + 1, C), "queries"),
     (put("proj_to_sam.2.bias", 65), "to_sam.2.bias"),
     (put("sam.sam_mask_decoder.mask_tokens.weight", 4, 65), "mask_tokens")])
-def test_a_wrong_tensor(change, named, tmp_path):
-    write_released(tmp_path / "LENS", tied=False, change=change)
-    with pytest.raises(data.LensError) as refused:
-        convert(tmp_path / "LENS", tmp_path / "run")
-    assert all(part in str(refused.value) for part in (str(tmp_path / "LENS"), named, "--sam"))
-    assert [path.name for path in tmp_path.iterdir()] == ["LENS"]
+def test_a_wrong_tensor(change, named, untied, tmp_path, monkeypatch):
+    tensors = convert_released.read_tensors(untied)
+    change(tensors)
+    monkeypatch.setattr(convert_released, "read_tensors", lambda folder: tensors)
+    with pytest.raises(data.LensError) as error:
+        convert(untied, tmp_path / "run")
+    assert all(part in str(error.value) for part in (str(untied), named, "--sam"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("file", ["model-00001-of-00001.safetensors", "config.json",
                                   "tokenizer.json"])
-def test_a_download_that_broke_off(file, tmp_path):
-    write_released(tmp_path / "LENS")
-    path = tmp_path / "LENS" / file
-    path.write_bytes(path.read_bytes()[:500])
+def test_a_download_that_broke_off(file, untied, tmp_path):
+    folder = tmp_path / "LENS"
+    shutil.copytree(untied, folder)
+    (folder / file).write_bytes((untied / file).read_bytes()[:500])
     with pytest.raises(data.LensError, match="LENS.*Download it again"):
-        convert(tmp_path / "LENS", tmp_path / "run")
+        convert(folder, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["LENS"]
 
 
-def test_what_is_no_published_checkpoint(tmp_path):
-    plain = ROOT / "tests/tiny/mllm"
-    with pytest.raises(data.LensError, match=r"no num_of_query: this is a plain MLLM \(--mllm\)"):
-        convert_released.convert(plain, tmp_path / "run", "tests/tiny/sam")
-    with pytest.raises(data.LensError, match="config.json is missing"):
-        convert_released.convert(tmp_path, tmp_path / "run", "tests/tiny/sam")
-    write_released(tmp_path / "LENS")
-    with pytest.raises(data.LensError, match="none.pt: not a folder, not one of SAM 2's file"):
-        convert_released.convert(tmp_path / "LENS", tmp_path / "run", "none.pt")
-    with pytest.raises(data.LensError, match="no finished run here.*tests/convert_released.py"):
-        model.read_run(tmp_path / "LENS")
+def test_what_is_no_published_checkpoint(untied, tmp_path):
+    write_released(tmp_path / "small", vocabulary=700)
+    for folder, sam, message in (
+            (ROOT / "tests/tiny/mllm", "tests/tiny/sam",
+             "no num_of_query: this is a plain MLLM (--mllm)"),
+            (tmp_path, "tests/tiny/sam", "config.json is missing"),
+            (untied, "none.pt", "none.pt: not a folder, not one of SAM 2's file"),
+            (tmp_path / "small", tmp_path / "small/sam", "the tokenizer has ")):
+        said = refused("convert_released.py", folder, tmp_path / "run", "--sam", sam, preset="")
+        assert message in said and not (tmp_path / "run").exists()
+    with pytest.raises(data.LensError, match="no finished run here.*tests/tools/convert_released"):
+        model.read_run(untied)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(data.LensError, match="run exists already"):
+        convert(untied, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
 
 
 # --- The real sizes -------------------------------------------------------------------------------
 
-# in their safetensors, by the hub's metadata
+# in their safetensors, by the metadata of the hub
 PUBLISHED = {"Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
              "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
              "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656}
 
 
 def test_parameters_are_those_published(monkeypatch):
-    """At full size on the meta device: each MLLM's total; SAM2-Large's 224.4 M with its video
-    memory, of which VIDEO_MEMORY names all that Lens leaves out; and docs/parameters.md is what the
-    script writes now."""
-    built, build = {}, parameters.build_mllm
-    monkeypatch.setattr(parameters, "build_mllm",
-                        lambda name: built.setdefault(name, build(name)))
-    assert parameters.document() == (ROOT / "docs/parameters.md").read_text()
-    assert {name: parameters.count(mllm) for name, mllm in built.items()} == PUBLISHED
-    sam = parameters.build_sam()
-    assert round(parameters.count(sam) / 1e6, 1) == 224.4
+    """On the meta device: each MLLM's total; SAM2-Large's 224.4 M with its video memory, of which
+    VIDEO_MEMORY names all that Lens leaves out; and the page is what its script writes."""
+    counts = {name: plan.count(plan.build_mllm(plan.mllm_config(name))) for name in PUBLISHED}
+    assert counts == PUBLISHED and counts.keys() == plan.MLLMS.keys()
+    assert parameters.page() == (ROOT / "docs/evidence/parameters.md").read_text()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)    # sam2 must not see a GPU
+    sam = plan.build_sam()
+    assert sam.no_mem_embed.is_meta and torch.cuda.is_available()
+    assert round(plan.count(sam) / 1e6, 1) == 224.4
     used = {f"image_encoder.{name}" for name, _ in sam.image_encoder.named_parameters()}
     used |= {name for name, _ in model.SamHead(sam).named_parameters()}
-    kept = {name for name, _ in sam.named_parameters()
-            if not name.startswith(convert_released.VIDEO_MEMORY)}
-    assert kept == used
-
-
-def test_sam_without_memory_where_there_is_a_gpu(monkeypatch):
-    """sam2 sends its attention's tables to a GPU wherever there is one, meta tensors too."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert parameters.build_sam().no_mem_embed.is_meta and torch.cuda.is_available()
+    assert used == {name for name, _ in sam.named_parameters()
+                    if not name.startswith(convert_released.VIDEO_MEMORY)}

@@ -19,10 +19,10 @@ optimizer's update is the same in all ways and left out. Advantages are given; o
 which frees a sample's graph before the next one, would run everything twice to know its group's
 rewards.
 
-The model is real Qwen2.5-VL and SAM 2 code, of a size that one core can run, with the 3B model's and
-SAM2-Large's proportions (REAL below): MLLM to SAM, vision tower to language model, lm_head and
-attention as small as they are there. This gives few and wide layers and a small vocabulary. No way
-uses gradient checkpointing.
+The model is real Qwen2.5-VL and SAM 2 code, of a size that one core can run, with the proportions
+of the 3B model and SAM2-Large (REAL below): MLLM to SAM, vision tower to language model, lm_head
+and attention as small as they are there. This gives few and wide layers and a small vocabulary. No
+way uses gradient checkpointing.
 
 Time is CPU time of the one thread, the median of interleaved runs. Memory is the peak of a fresh
 process, less what stood before the part. Arithmetic is counted operator by operator while the part
@@ -151,8 +151,8 @@ def build_world(P, lengths):
 # --- Ours -----------------------------------------------------------------------------------------
 
 class NoSam(nn.Module):
-    """In SAM's place where the policy is measured alone: prompt embeddings get a gradient that costs
-    nothing."""
+    """In SAM's place where the policy is measured alone. Prompt embeddings get a gradient that
+    costs nothing."""
 
     def forward(self, features, prompts):
         return prompts.mean()
@@ -180,9 +180,9 @@ def group_update(w):
     """All of a step but sampling."""
     features, zero = w.lens.encode_images(w.batch["sam_pixels"]), torch.zeros(1, w.G)
     ref_log_probs = w.reference(w.batch["pixel_values"], w.batch["grid_thw"], w.packed)
-    micro = MicroBatch(w.batch, w.packed, features, w.old, ref_log_probs, r_format=zero, r_box=zero,
-                       finished=zero == 0, old_log_probs=w.old, r_mask=zero, reward=zero,
-                       advantages=w.advantages)
+    micro = MicroBatch(batch=w.batch, packed=w.packed, features=features,
+                       ref_log_probs=ref_log_probs, r_format=zero, r_box=zero, finished=zero == 0,
+                       old_log_probs=w.old, r_mask=zero, reward=zero, advantages=w.advantages)
     backward(group_forward(w, features), micro, w.args, world=1)
 
 
@@ -340,7 +340,7 @@ flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_
 
 
 class Arithmetic(TorchDispatchMode):
-    """Counts floating point operations. (torch's FlopCounterMode counts causal attention in full.)"""
+    """Counts floating point operations. torch's FlopCounterMode counts causal attention in full."""
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -403,7 +403,8 @@ def over(part, key, ways=WAYS[1:]):
 
 def memory_of(result, part):
     """{way: GB}; prefill and decode are measured together, as sampling."""
-    return {way: result["sampling" if part == "prefill" else part][way]["gb"] for way in WAYS}
+    part = "sampling" if part in ("prefill", "decode") else part
+    return {way: result[part][way]["gb"] for way in WAYS}
 
 
 def short_table(results):
@@ -426,11 +427,12 @@ def parts_table(result):
         counted, measured = over(numbers, "gflop"), over(numbers, "seconds")
         cells = [numbers["group"]["gflop"], min(numbers[way]["gflop"] for way in WAYS[1:]), counted,
                  *(numbers[way]["seconds"] for way in WAYS), measured]
-        memory = ["in prefill's", "", "", ""]
-        if part != "decode":
-            gb = memory_of(result, part)
-            memory = [f"{value:.2f}" for value in (*gb.values(), gb["group"] / gb["batch"])]
-        rows.append([part, *(f"{cell:.2f}" for cell in cells), f"{measured / counted:.0%}", *memory])
+        gb = memory_of(result, part)
+        memory = [f"{value:.2f}" for value in (*gb.values(), gb["group"] / gb["batch"])]
+        if part == "decode":
+            memory = ["in prefill's", "", "", ""]
+        rows.append([part, *(f"{cell:.2f}" for cell in cells), f"{measured / counted:.0%}",
+                     *memory])
     return markdown_table(["part", "Gflop ours", "theirs", "counted", "s ours", "single", "batch",
                            "measured", "reached", "GB ours", "single", "batch", "ours to batch"],
                           rows)

@@ -51,7 +51,7 @@ from data import LensError
 from grpo import pack_groups
 from model import checkpoint_layers, context_positions, prompt_positions, set_trainable, shard
 from train_rl import (PRESETS, MicroBatch, Reference, RLArgs, backward, copy_mllm, parameter_groups,
-                      score, share_mllm)
+                      score)
 
 CASES = [(16, "full"), (16, "hybrid"), (8, "full"), (8, "hybrid")]
 
@@ -103,7 +103,7 @@ def build_training(shared, args, lens, mesh):
     materialize(lens)
     frozen = set_trainable(lens, "rl")
     sampler = copy_mllm(lens.train().mllm, shared.precision)
-    reference = Reference(share_mllm(lens.mllm), lens.forbidden)
+    reference = Reference(copy_mllm(lens.mllm, shared.precision), lens.forbidden)
     if args.gradient_checkpointing:
         checkpoint_layers(lens.mllm)
     shard(lens, mesh, shared.precision, frozen)
@@ -219,7 +219,7 @@ def make_micro_batch(z, batch, packed):
                 torch.empty(z.B, D, z.S // 16, z.S // 16)]
     return MicroBatch(
         {**batch, **make_images(z, z.B), **masks}, packed, features,
-        sampler_log_probs=torch.empty(z.N, z.T), ref_log_probs=torch.empty(z.N, z.T),
+        ref_log_probs=torch.empty(z.N, z.T),
         r_format=torch.empty(z.B, z.G), r_box=torch.empty(z.B, z.G),
         finished=torch.ones(z.B, z.G, dtype=torch.bool))
 

@@ -18,7 +18,8 @@ from evaluate import draw_overlay
 from grpo import group_advantages, pack_groups
 from model import context_positions, prompt_positions
 from rewards import find_box, full_size_masks, unified_reward
-from train_rl import draw_uniforms, generate, mask_rewards, text_rewards
+from train_rl import (completion_texts, draw_uniforms, generate, mask_rewards,
+                      text_rewards)
 
 G = 4
 
@@ -32,7 +33,7 @@ def one_group(lens, processor, collate, item, shared):
     uniforms = draw_uniforms(shared.seed, 0, [0], G, shared.max_completion)
     samples = generate(lens.mllm, batch, positions, G, shared.max_completion, lens.eos,
                        lens.forbidden, uniforms)
-    texts = processor.tokenizer.batch_decode(samples.completions[0], skip_special_tokens=True)
+    texts, = completion_texts(lens, samples, processor.tokenizer)
     packed = pack_groups(batch["prompt_ids"], context_positions(positions, lens.mask_pass),
                          samples.completions, lens.M)
     features = lens.encode_images(batch["sam_pixels"])

@@ -94,7 +94,7 @@ def main(folder):
     assert start("train_rl.py", *flags, "--output", whole).wait() == 0
     seconds = time.time() - began
     training = sum(line["seconds"] for line in metrics_of(whole))
-    longest = {"start": 0.8 * (seconds - training), "first steps": 4 * training / STEPS,
+    longest = {"start": 0.8 * (seconds - training), "first steps": 6 * training / STEPS,
                "saving": 0.02}
     rows = []
     for moment in rng.sample(MOMENTS, len(MOMENTS)):

@@ -21,9 +21,9 @@ import random
 import re
 
 import torch
-import world
-from tiny_runs import ROOT, markdown_table, open_run, read_json, write_json
+from tiny_runs import ROOT, markdown_table, open_run, read_json, write_json  # finds `world`
 
+import world
 from data import EvaluationRows, load_item, read_records, rescale_box, select
 from grpo import pack_groups
 from model import SamHead, context_positions, load_sam, prompt_positions

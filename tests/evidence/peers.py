@@ -48,8 +48,8 @@ from data import Collator, load_item, read_records
 from grpo import completion_table, group_advantages, grpo_loss, pack_groups, token_log_probs
 from model import build_lens, context_positions, group_hidden, prompt_positions
 from rewards import chat_messages
-from train_rl import (Reference, RLArgs, backward, copy_mllm, draw_uniforms, generate,
-                      make_micro_batches, score)
+from train_rl import (Reference, RLArgs, backward, completion_texts, copy_mllm, draw_uniforms,
+                      generate, make_micro_batches, score)
 
 INSTALL = ("pip install --target SITE --no-deps trl==1.16.0 accelerate datasets pyarrow pandas "
            "python-dateutil six dill multiprocess xxhash psutil")
@@ -275,7 +275,7 @@ class GroupWorld:
             item["image"] = item["image"].resize(size)
         settings = {**TINY, "mllm": STAND_IN, "sam": str(ROOT / "tests/tiny/sam")}
         self.lens, processor = build_lens(SharedArgs(**settings))
-        lens, tokenizer = self.lens.train(), processor.tokenizer
+        lens = self.lens.train()
         self.forbidden = lens.forbidden
         lens.forbidden = torch.zeros_like(self.forbidden)    # TRL has none in its softmax
         self.reference = Reference(copy_mllm(lens.mllm, "fp32"), lens.forbidden)
@@ -290,8 +290,7 @@ class GroupWorld:
                                 self.forbidden, uniforms, temperature)
         completions = self.samples.completions
         completions[1][1], self.samples.finished[1][1] = completions[1][1][:1], False
-        self.texts = [tokenizer.batch_decode(group, skip_special_tokens=True)
-                      for group in completions]
+        self.texts = completion_texts(lens, self.samples, processor.tokenizer)
 
 
 def our_update(w):

@@ -20,11 +20,10 @@ def sampling_generate(seed):
     """`generate` as evaluate.py calls it, with uniforms that are a function of seed and row."""
     rows = count()
 
-    def sample(mllm, batch, positions, G, max_completion, eos, forbidden, fixed=None):
-        places = islice(rows, len(positions))
-        uniforms = draw_uniforms(seed, 0, places, G, max_completion)
-        return generate(mllm, batch, positions, G, max_completion, eos, forbidden,
-                        uniforms.to(forbidden.device), fixed=fixed)
+    def sample(mllm, batch, positions, G, max_new, *inputs, **options):
+        uniforms = draw_uniforms(seed, 0, islice(rows, len(positions)), G, max_new)
+        return generate(mllm, batch, positions, G, max_new, *inputs,
+                        uniforms=uniforms.to(batch["pixel_values"].device), **options)
     return sample
 
 

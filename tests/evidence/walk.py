@@ -27,8 +27,9 @@ from evaluate import draw_overlay
 from grpo import clipped_objective, completion_mean, kl_k3
 from model import prompt_positions, read_run
 from rewards import find_box, full_size_masks
-from train_rl import (PRESETS, RLArgs, backward, draw_uniforms, generate, load_models,
-                      make_micro_batches, mask_rewards, parameter_groups, refresh, score)
+from train_rl import (PRESETS, RLArgs, backward, completion_texts, draw_uniforms, generate,
+                      load_models, make_micro_batches, mask_rewards, parameter_groups, refresh,
+                      score)
 
 
 # --- One group, as train_rl.py treats it ----------------------------------------------------------
@@ -91,7 +92,7 @@ def take_the_walk(folder, row, group_size):
     uniforms = draw_uniforms(shared.seed, 0, [0], group_size, shared.max_completion)
     samples = generate(sampler, batch, positions, group_size, shared.max_completion, lens.eos,
                        lens.forbidden, uniforms, args.temperature)
-    texts = processor.tokenizer.batch_decode(samples.completions[0], skip_special_tokens=True)
+    texts, = completion_texts(lens, samples, processor.tokenizer)
     micro, = make_micro_batches(lens, reference, batch, positions, samples, [texts], args)
     out, prompts = policy_forward(lens, micro, args)
     score(out, micro, args)
@@ -129,10 +130,10 @@ def table(header, *columns):
     return markdown_table(["completion", *header], rows).rstrip()
 
 
-def code(*lines):
-    """Links to lines of code, given as FILE: TEXT; pages.anchored finds the line numbers."""
-    links = [line.split(": ", 1) for line in lines]
-    return "Code: " + ", ".join(f"[`{text}`](../{file}#L0)" for file, text in links)
+def code(*names):
+    """Links to functions, given as FILE: NAME; pages.anchored finds the line numbers."""
+    links = [name.split(": ") for name in names]
+    return "Code: " + ", ".join(f"[`{name}`](../{file}#L0)" for file, name in links)
 
 
 def write_box(box, digits=0):
@@ -149,7 +150,7 @@ def about_the_run(group):
 This page follows one group of stage 2 from an image to an update, with real numbers. It is made by
 `python tests/evidence/walk.py {group.folder}`. The model is the one in `{group.folder}`:
 {group.stage} of the preset `{group.shared.preset}`, trained for {group.steps} steps. The MLLM and
-SAM 2 are the tiny stand-ins. Every step links to the line of code that does it."""
+SAM 2 are the tiny stand-ins. Every step links to the functions that do it."""
 
 
 def about_the_row(group):
@@ -161,7 +162,7 @@ def about_the_row(group):
 The expression is "{item["expression"]}". The ground-truth box is {write_box(item["gt_box"])} in
 pixels of the image, and the ground-truth mask has {int(gt_mask.sum())} of {gt_mask.numel()} pixels.
 
-{code("data.py: def load_item")}"""
+{code("data.py: load_item")}"""
 
 
 def about_the_prompt(group):
@@ -185,7 +186,7 @@ stand for pieces of the image. Each piece of text between bars is one token:
 
 The MLLM speaks of boxes in a frame of {width:.0f} x {height:.0f}.
 
-{code("data.py: encoded = self.processor(")}"""
+{code("data.py: Collator")}"""
 
 
 def about_the_completions(group):
@@ -199,8 +200,7 @@ The prompt is computed once. Then {len(group.texts)} completions are sampled fro
 by token, at temperature {group.args.temperature:g}, with at most {group.shared.max_completion}
 tokens. The random numbers are drawn in advance, from (seed, step, prompt, g).
 
-{shown}{code("train_rl.py: uniforms = draw_uniforms(",
-             "train_rl.py: samples = generate(sampler, batch, positions, args.group_size")}"""
+{shown}{code("train_rl.py: draw_uniforms", "train_rl.py: generate")}"""
 
 
 def about_the_packed_row(group):
@@ -240,8 +240,7 @@ Every completion starts at the same position, directly behind the prompt. It att
 and to itself, and never to another completion.
 
 {markdown_table(["tensor", "shape", "what it is"], tensors)}
-{code('train_rl.py: return pack_groups(prompts["prompt_ids"]',
-      "grpo.py: segment_mask=segment_attention_mask(")}"""
+{code("grpo.py: pack_groups", "grpo.py: packed_attention")}"""
 
 
 def about_the_queries(group):
@@ -259,8 +258,7 @@ of completion {best + 1}:
 {table(["norm of its prompt embeddings", f"cosine to completion {best + 1}"],
        fixed(norms.tolist(), 1), fixed(cosines.tolist()))}
 
-{code("model.py: query_states = hidden[packed.query_places]",
-      "model.py: prompts = self.connector(query_states)")}"""
+{code("model.py: group_forward", "model.py: Connector")}"""
 
 
 def about_the_masks(group):
@@ -273,7 +271,7 @@ the image; a pixel belongs to the mask where its logit is above 0.
 {table(["pixels of its mask", "IoU with the ground truth"],
        [int(mask.sum()) for mask in group.masks], fixed(group.r_mask))}
 
-{code("model.py: logits = decoder(image_embeddings=", "rewards.py: resized = F.interpolate(")}"""
+{code("model.py: SamHead", "rewards.py: full_size_masks")}"""
 
 
 def about_the_rewards(group):
@@ -288,8 +286,7 @@ so the reward is the weighted sum:
        [write_box(box, 1) for box in group.boxes],
        *map(fixed, (group.r_format, group.r_box, group.r_mask, group.rewards)))}
 
-{code("train_rl.py: r_format, r_box = text_rewards(",
-      "train_rl.py: micro.reward = unified_reward(")}"""
+{code("train_rl.py: text_rewards", "train_rl.py: mask_rewards", "rewards.py: unified_reward")}"""
 
 
 def about_the_advantages(group):
@@ -304,7 +301,7 @@ The mean of the rewards is {mean:.3f}. Their standard deviation, over G, is {gro
 
 A completion above the mean is made more likely, and one below it less likely.
 
-{code("train_rl.py: micro.advantages = group_advantages(")}"""
+{code("grpo.py: group_advantages")}"""
 
 
 def about_the_loss(group):
@@ -329,8 +326,7 @@ The value of -J says nothing here, but its gradient is not 0: each token's log-p
 by the advantage of its completion. The norm of the whole gradient is {terms["norm"]:.3f}; it is
 clipped to {MAX_GRAD_NORM:g}.
 
-{code("train_rl.py: policy_loss, stats = grpo_loss(",
-      "train_rl.py: loss = policy_loss + args.alpha * loss_seg")}"""
+{code("grpo.py: grpo_loss", "align.py: segmentation_loss", "train_rl.py: backward")}"""
 
 
 def about_the_update(group):
@@ -358,8 +354,7 @@ images change in the same way.
 {RLArgs.batch} (paper), and the update follows their mean. After the update, the sampler gets the
 new weights.
 
-{code("train_rl.py: norm = apply_update(lens,", "align.py: optimizer.step()",
-      "train_rl.py: def refresh(sampler, lens)")}"""
+{code("train_rl.py: update", "align.py: apply_update", "train_rl.py: refresh")}"""
 
 
 SECTIONS = (about_the_run, about_the_row, about_the_prompt, about_the_completions,

@@ -321,7 +321,7 @@ def find_extreme(things, candidates, word):
 
 
 def find_related(things, candidates, word, anchor):
-    """The candidate that lies so from the anchor; None if it is not clear which one that is."""
+    """The candidate in this relation to the anchor; None if it is not clear which one that is."""
     if not comparable(things, candidates):
         return None
     distances = [distance(things[i], things[anchor]) for i in candidates]
@@ -392,9 +392,9 @@ def pick_expression(things, expressions, rng, thing=None):
 
 
 def prefer_relations(pool, rng):
-    """Those with "next to" in about half of the calls, else those with a direction; of them those
-    that the outermost thing would not answer; of them those with three candidates or more. A
-    preference is dropped if it leaves nothing."""
+    """Narrow a pool of relations down, but never to nothing: first to those with a direction (45 %
+    of the calls) or to those with "next to"; then to those that the outermost thing would not
+    answer; then to those with three candidates or more."""
     directions = rng.random() < 0.45
     pool = [e for e in pool if (e["steps"][-1]["word"] != "next to") == directions] or pool
     pool = [e for e in pool if not e["outermost"]] or pool

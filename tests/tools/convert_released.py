@@ -83,7 +83,7 @@ def read_checkpoint(folder, sam_path, prompt):
                             for name, tensor in sam_tensors.items()})
     forbidden = torch.zeros(mllm.lm_head.out_features, dtype=torch.bool)     # not saved
     if processor:                                            # an error if it has too many tokens
-        forbidden = forbidden_tokens(processor.tokenizer, len(forbidden), prompt)
+        forbidden = forbidden_tokens(processor.tokenizer, len(forbidden), 0, prompt)
     lens = Lens(mllm, sam, shared, forbidden, eos=0)
     wrong += fill_context(context_module(lens), tensors)
     if wrong:
