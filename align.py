@@ -96,9 +96,7 @@ def align_step(lens, batch, completions, world, args):
 def main():
     shared, args = parse_settings([SharedArgs, TrainArgs], PRESETS, __doc__.splitlines()[0])
     rank, world, device, mesh = start_processes(shared, args.shard)
-    records = take_evenly(read_records(shared.data, shared.datasets, ["train"]), shared.limit)
-    total = plan_steps(args, world, len(records))
-    folder = open_output(shared, args, records, rank)
+    folder, records, total = open_run(shared, args, rank, world)
     compute = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     lens, processor = build_lens(shared, args.init, compute)
     frozen = set_trainable(lens, "align")
@@ -107,11 +105,10 @@ def main():
     trained = [p for p in lens.parameters() if p.requires_grad]
     optimizer = make_optimizer([{"params": trained, "peak_lr": args.lr}], args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
-                       shared.prompt)
     received = watch_signals()
-    loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
-                              args.batch, rank, world, shared.workers, device, received)
+    loader = training_batches(TrainingStream(records, shared.seed),
+                              make_collator(shared, lens, processor), start, total, args.batch,
+                              rank, world, shared.workers, device, received)
     metrics = Metrics(folder, start, total, rank)
     began = time.time()
     for step, batch in enumerate(loader, start):
@@ -351,6 +348,18 @@ def watch_signals():
 
 # --- The run and its update -----------------------------------------------------------------------
 
+def open_run(shared, args, rank, world):
+    """-> the run's folder, its training records, the number of its steps"""
+    records = take_evenly(read_records(shared.data, shared.datasets, ["train"]), shared.limit)
+    total = plan_steps(args, world, len(records))
+    return open_output(shared, args, records, rank), records, total
+
+
+def make_collator(shared, lens, processor):
+    return Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
+                    shared.prompt)
+
+
 def open_output(shared, args, records, rank):
     """-> the run's folder, with settings.json in it. A run that has saved something is never
     overwritten. It resumes only on the data that it began with. All machines must see the same
@@ -436,7 +445,7 @@ class Metrics:
     def __init__(self, folder, start, total, rank):
         self.path, self.rank = folder / "metrics.jsonl", rank
         lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
-        self.rows = [json.loads(line) for line in lines]  # before `start`; read by best_so_far
+        self.rows = [json.loads(line) for line in lines]  # of the steps before `start`
         dist.barrier()  # all have read what rank 0 now cuts
         if rank == 0:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))

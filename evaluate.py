@@ -1,6 +1,6 @@
 """Evaluation: a greedy completion for each expression, its box, its mask and the field's metrics.
 
-    python tests/tiny/world.py runs/shapes                           # once: the laptop's images
+    python tests/tiny/world.py runs/shapes                           # once: draws the images
     python evaluate.py --preset tiny --checkpoint runs/tiny/rl       # a table, in under a minute
     torchrun --nproc_per_node=8 evaluate.py --checkpoint runs/rl --splits all --json results.json \\
         --predictions rows.jsonl                                     # all benchmarks, on 8 GPUs
@@ -36,8 +36,9 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from align import TINY, SharedArgs, at_least, flag, parse_settings, run, start_processes
-from data import (Collator, EvaluationRows, LensError, find_datasets, load_batches, load_image,
+from align import (TINY, SharedArgs, at_least, flag, make_collator, parse_settings, run,
+                   start_processes)
+from data import (EvaluationRows, LensError, find_datasets, load_batches, load_image,
                   read_records, rescale_box, to_device, write_whole)
 from model import SamHead, build_lens, load_sam
 from rewards import box_iou, find_box, format_reward, full_size_masks, mask_counts
@@ -53,16 +54,17 @@ def predict_both(batch, lens, stock_sam, tokenizer, max_completion, cache=None):
 
     -> list of B {"completion" (its text), "box" (image frame, or None), "format" (R_format, 0.0 or
     1.0), "masks"}. The masks are (H, W) bool at the image's own size, one with the "queries" and
-    one with the "box" as SAM's prompt.
+    one with the "box" as SAM's prompt. Where there is no box, the latter is empty.
     """
     batch = to_device(batch, lens.queries.device)
     samples, texts, mask_logits, features = predict(lens, lens.mllm, batch, tokenizer,
                                                     max_completion, cache)
-    boxes = [find_box(text, lens.prompt) for text, in texts]                    # MLLM frame
+    texts = [text for [text] in texts]                                          # G is 1 here
+    boxes = [find_box(text, lens.prompt) for text in texts]                     # MLLM frame
     logits = {"queries": mask_logits,                                           # (B, S/4, S/4) each
               "box": prompt_with_boxes(stock_sam, batch, boxes, features)}
     predictions = []
-    for b, ([text], box) in enumerate(zip(texts, boxes)):
+    for b, (text, box) in enumerate(zip(texts, boxes)):
         H, W = batch["gt_masks"][b].shape
         masks = {way: full_size_masks(maps[b:b + 1], (H, W))[0].cpu()
                  for way, maps in logits.items()}
@@ -83,7 +85,8 @@ def prompt_with_boxes(stock_sam, batch, boxes, features):
     boxes = [rescale_box(box or (0, 0, 0, 0), frame, (S, S))
              for box, frame in zip(boxes, batch["mllm_frames"])]
     boxes = torch.tensor(boxes, device=features[0].device)                      # (B, 4), SAM frame
-    return stock_sam(features, stock_sam.box_prompts(boxes)[:, None])           # (B, 1, 3, D)
+    prompts = stock_sam.box_prompts(boxes)[:, None]                             # (B, 1, 3, D)
+    return stock_sam(features, prompts)
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def summarize(rows, draws=1000):
     metrics = {"giou": giou, "ciou": ciou, "box_iou": float(boxes.mean()),
                "acc50": float((boxes > 0.5).mean()), "format": float(formats.mean()),
                "n": len(rows)}
-    objects = [row["id"].rpartition("/")[0] for row in rows]
+    objects = [row["id"].rpartition("/")[0] for row in rows]                    # "OBJECT/number"
     for name, interval in bootstrap(ious, I, U, boxes, objects, draws).items():
         metrics[f"{name}_95"] = None if metrics[name] is None else interval
     return metrics
@@ -319,11 +322,9 @@ def load_models(shared, args, device):
     lens, processor = build_lens(shared, args.checkpoint, dtype)
     lens.to(device).eval()
     stock_sam = SamHead(load_sam(shared.sam)).to(device).eval()
-    cache = None                                    # for one image, compiling would take longer
-    if not args.image:
-        cache = decoding_cache(lens.mllm, shared, args.batch, device)
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
-                       shared.prompt)
+    # for one image, compiling would take longer
+    cache = None if args.image else decoding_cache(lens.mllm, shared, args.batch, device)
+    collate = make_collator(shared, lens, processor)
     return partial(predict_both, lens=lens, stock_sam=stock_sam, tokenizer=processor.tokenizer,
                    max_completion=shared.max_completion, cache=cache), collate
 

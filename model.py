@@ -443,9 +443,6 @@ def read_run(folder):
         raise LensError(f"{folder}: no finished run here (lens.json is missing). Train one first: "
                         f"align.py, then train_rl.py. A checkpoint as published by the authors "
                         f"becomes one with tests/tools/convert_released.py.") from None
-    except ValueError as error:
-        raise LensError(f"{path} is damaged ({error}). Resume that run with --steps N, its last "
-                        f"saved step, to write it again.") from None
 
 
 def load_mllm(path, dtype):

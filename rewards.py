@@ -1,13 +1,15 @@
-"""The rewards of LENS: how good is a completion, and the mask that SAM 2 draws for it? (Eq. 11)
+"""The rewards of LENS (Eq. 11): how good is a completion, the text that the multimodal language
+model (MLLM) writes, and how good is the mask that SAM 2 draws for it?
 
-The prompt (Fig. 4, at the end of this file) asks the MLLM for a completion of this form:
+The prompt (Fig. 4, SYSTEM_PROMPT below) asks the MLLM for a completion of this form:
 
     <think> ... </think>
     <answer> ```json [{"bbox_2d": [x1, y1, x2, y2], "label": "..."}] ``` </answer>
 
 Three rewards grade it, from coarse to fine. R_format asks whether the text has this form, R_box how
 well its box overlaps the true box, and R_seg how well the mask overlaps the true mask. Each lies in
-[0, 1]. Their weighted sum is the unified reward, which grpo.py compares within a group:
+[0, 1]. Their weighted sum is the unified reward. grpo.py compares it within a group, the G
+completions of one image and one expression (the text that says which object is meant).
 
     >>> text = '<think>the left one</think><answer>[{"bbox_2d": [0, 0, 10, 10]}]</answer>'
     >>> r_format = format_reward(text)
@@ -17,9 +19,8 @@ well its box overlaps the true box, and R_seg how well the mask overlaps the tru
     >>> unified_reward(r_format, r_box, r_seg)
     2.25
 
-Nothing here uses the model, and nothing needs a gradient. Training rewards the MLLM for every
-loophole that it finds, so the functions that read a completion accept any string: they return a
-result in linear time and raise nothing.
+Nothing here uses the model, and nothing needs a gradient. A completion can be any string, so the
+functions that read one take linear time and raise nothing.
 
 Departures from the paper
 - The tags are <think>, as in Fig. 4. The paper's text says <thinking>.
@@ -100,7 +101,7 @@ def mask_iou(mask, truth, ignore=None):
     Masks (..., H, W) give a float32 tensor (...): for example, (G, H, W) against (H, W) gives
     (G,)."""
     intersection, union = mask_counts(mask, truth, ignore)
-    iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+    iou = torch.where(union > 0, intersection / union, 1.0)
     return iou.item() if iou.dim() == 0 else iou
 
 
@@ -110,8 +111,7 @@ def mask_counts(mask, truth, ignore=None):
 
     Takes boolean tensors or NumPy arrays (..., H, W), whose leading dimensions broadcast. Returns
     two integer tensors (...) on the device of the masks. On a GPU the call does not wait for the
-    result. The intersections of a whole data set, summed and divided by the summed unions, are its
-    cIoU.
+    result. Summed over a data set, intersections / unions is the cIoU (cumulative IoU).
 
     Raises TypeError if a mask is not boolean (threshold logits first), and ValueError if the sizes
     H x W differ."""
@@ -130,7 +130,8 @@ def mask_counts(mask, truth, ignore=None):
 
 
 def full_size_masks(logits, size):
-    """Mask logits (G, S/4, S/4) -> masks (G, H, W) bool at the image's own size (H, W).
+    """Mask logits (G, S/4, S/4), where S is the side of SAM's square image, -> masks (G, H, W) bool
+    at the image's own size (H, W).
 
     SAM sees the whole image stretched to a square, so one bilinear resize undoes it. SAM 2's own
     post-processing does the same."""
@@ -151,9 +152,8 @@ def parse_box(text):
     that has a "bbox_2d" counts. If that is not a list of four finite numbers, the result is None;
     later objects are not tried. A box may be inverted or lie outside the image; box_iou handles
     both. Raises nothing."""
-    # If there is no <answer>, rest is empty, and so is closing_tag.
-    _, _, rest = text.rpartition("</think>")[2].partition("<answer>")
-    body, closing_tag, _ = rest.partition("</answer>")
+    after_think = text.rpartition("</think>")[2]
+    body, closing_tag, _ = after_think.partition("<answer>")[2].partition("</answer>")
     if not closing_tag:
         return None
     try:
@@ -165,7 +165,7 @@ def parse_box(text):
                None)
     if not isinstance(box, list) or len(box) != 4:
         return None
-    # Every JSON number arrives as a float. True and False do not: they are ints in Python.
+    # _read_json makes every number a float; true and false stay bool and are refused
     return tuple(box) if all(isinstance(v, float) and math.isfinite(v) for v in box) else None
 
 
@@ -177,7 +177,7 @@ def _read_json(text):
         text = text[3:-3].removeprefix("json")
 
     def refuse(name):
-        raise ValueError(f"{name} is allowed by Python's json module, but not by JSON")
+        raise ValueError(f"{name} is not JSON")
     return json.loads(
         text,
         parse_int=float,  # an integer of 5,000 digits becomes inf, where int() would raise
@@ -198,7 +198,8 @@ def find_box(text, prompt="paper"):
     """The box in a completion, as `prompt` asked for it: four floats or None.
 
     For Fig. 4's prompt this is parse_box. For a released prompt it is the first "[x1, y1, x2, y2]"
-    or "(x1,y1),(x2,y2)" anywhere in the text, because the released code does not read the tags."""
+    or "(x1,y1),(x2,y2)" anywhere in the text, because the released code does not read the tags.
+    Brackets may be mixed."""
     if prompt == "paper":
         return parse_box(text)
     match = ANY_BOX.search(text)
@@ -207,6 +208,7 @@ def find_box(text, prompt="paper"):
 
 # --- The prompt (Fig. 4) and the answer block that it asks for ------------------------------------
 
+# Word for word; `question` is unquoted there too
 SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and \
 provide its bounding box.
 
@@ -229,34 +231,6 @@ Format your response as:
 </answer>'''
 
 
-def chat_messages(expression, prompt="paper"):
-    """The messages that ask the MLLM about one expression: with Fig. 4's prompt ("paper") or with
-    one of RELEASED_PROMPTS below. A processor's apply_chat_template takes them."""
-    if prompt == "paper":
-        system, user = SYSTEM_PROMPT.replace("{object}", expression), expression
-    else:
-        system = "You are a helpful assistant. "
-        user = RELEASED_PROMPTS[prompt].replace("{question}", expression)
-    return [{"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]}]
-
-
-def answer_text(box, label, reasoning=None, prompt="paper"):
-    """What a completion should say about `box`, which is given in the MLLM frame (see data.py).
-
-    Without `reasoning` it is the answer block alone, which stage 1 uses as its forced completion.
-    With `reasoning` a think block stands before it. For a released prompt ("released" or
-    "released-cot") it is the forced completion of the released code's stage 1."""
-    x1, y1, x2, y2 = (round(v) for v in box)
-    if prompt != "paper":
-        return (f"<|object_ref_start|>{label}.<|object_ref_end|>"
-                f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
-    label = json.dumps(label, ensure_ascii=False)
-    entry = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}'
-    answer = f"<answer>\n```json\n[\n  {entry}\n]\n```\n</answer>"
-    return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n{answer}"
-
-
 # The prompts of the released checkpoints, word for word: without reasoning and with it.
 RELEASED_PROMPTS = {
     "released": "Output the bounding box of the {question} in the image.",
@@ -265,3 +239,32 @@ RELEASED_PROMPTS = {
                     "thinking process in <think> </think> and final answer in <answer> </answer> "
                     "tags.Output the one bbox inside the interested object in JSON format.i.e., "
                     "<think>thinking process here</think><answer>answer here</answer>"}
+
+
+def chat_messages(expression, prompt="paper"):
+    """The messages that ask the MLLM about one expression: with Fig. 4's prompt ("paper") or with
+    one of RELEASED_PROMPTS. A processor's apply_chat_template takes them."""
+    if prompt == "paper":
+        system, user = SYSTEM_PROMPT.replace("{object}", expression), expression  # as in Fig. 4
+    else:
+        system = "You are a helpful assistant. "  # the space is theirs
+        user = RELEASED_PROMPTS[prompt].replace("{question}", expression)
+    return [{"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]}]
+
+
+def answer_text(box, label, reasoning=None, prompt="paper"):
+    """What a completion should say about `box`, which is given in the MLLM frame (see data.py) and
+    is rounded.
+
+    Without `reasoning` it is the answer block alone. Stage 1 (align.py) gives that to the MLLM in
+    the place of a sampled completion. With `reasoning` a think block stands before it. For a
+    released prompt it is what the released code's stage 1 uses, and `reasoning` is ignored."""
+    x1, y1, x2, y2 = (round(v) for v in box)
+    if prompt != "paper":
+        return (f"<|object_ref_start|>{label}.<|object_ref_end|>"
+                f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
+    label = json.dumps(label, ensure_ascii=False)
+    entry = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}'
+    answer = f"<answer>\n```json\n[\n  {entry}\n]\n```\n</answer>"
+    return answer if reasoning is None else f"<think>\n{reasoning}\n</think>\n{answer}"

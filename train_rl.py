@@ -45,12 +45,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from align import (TINY, Metrics, SharedArgs, TrainArgs, apply_update, at_least,
-                   end_of_step, flag, learning_rate, load_checkpoint, make_optimizer, open_output,
-                   parse_settings, plan_steps, run, segmentation_loss, start_processes,
-                   watch_signals)
-from data import (Collator, EvaluationRows, LensError, TrainingStream, read_records, rescale_box,
-                  select, take_evenly, to_device, training_batches)
+from align import (TINY, Metrics, SharedArgs, TrainArgs, apply_update, at_least, end_of_step, flag,
+                   learning_rate, load_checkpoint, make_collator, make_optimizer, open_run,
+                   parse_settings, run, segmentation_loss, start_processes, watch_signals)
+from data import (EvaluationRows, LensError, TrainingStream, read_records, rescale_box, select,
+                  to_device, training_batches)
 from grpo import (PackedGroups, completion_table, group_advantages, grpo_loss, pack_groups,
                   policy_logits, token_log_probs)
 from model import (build_lens, checkpoint_layers, context_positions, export, group_hidden,
@@ -448,16 +447,13 @@ PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", bat
 def main():
     shared, args = parse_settings([SharedArgs, RLArgs], PRESETS, __doc__.splitlines()[0])
     rank, world, device, mesh = start_processes(shared, args.shard)
-    records = take_evenly(read_records(shared.data, shared.datasets, ["train"]), shared.limit)
-    total = plan_steps(args, world, len(records))
     val = validation_rows(shared) if args.val_every else None
-    folder = open_output(shared, args, records, rank)
+    folder, records, total = open_run(shared, args, rank, world)
     lens, reference, sampler, processor = load_models(shared, args, mesh, device)
     optimizer = make_optimizer(parameter_groups(lens, args), args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
     refresh(sampler, lens)  # a checkpoint has changed the policy
-    collate = Collator(processor, lens.mllm.config.model_type, lens.sam_size, shared.max_prompt,
-                       shared.prompt)
+    collate = make_collator(shared, lens, processor)
     received = watch_signals()
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
                               args.batch, rank, world, shared.workers, device, received)
@@ -465,7 +461,7 @@ def main():
     numbers = range(rank * share, (rank + 1) * share)  # of this rank's prompts in the batch
     cache = decoding_cache(sampler, shared, share * args.group_size, device)
     metrics = Metrics(folder, start, total, rank)
-    best = best_so_far(metrics)
+    best = max(map(val_score, metrics.rows), default=-1)  # of a resumed run, on every rank
     began = time.time()
     for step, batch in enumerate(loader, start):
         loaded = time.time()
@@ -552,24 +548,24 @@ def validate(lens, sampler, cache, rows, collate, tokenizer, shared, args, rank,
     """Greedy completions and their masks on `rows`. -> {"val_giou": mean mask IoU (if any row has
     a mask), "val_box_iou": mean box IoU, "val_acc50": share of boxes with an IoU above 0.5}
 
-    A forward is a collective, so every process makes the same number of them. Where the rows do not
-    split evenly, the last row is repeated and not counted again.
+    A forward is a collective, so every process must make the same number of them. Where the rows
+    do not split evenly over the processes, the last ones are left out.
     """
-    share = math.ceil(len(rows) / world)
     sums = torch.zeros(2, 3, device=device)  # of the three values, and their counts
     lens.eval()
+    share = len(rows) // world
+    own = range(rank * share, (rank + 1) * share)
     for first in range(0, share, args.micro_batch):
-        places = [rank * share + i for i in range(first, min(first + args.micro_batch, share))]
-        batch = to_device(collate([rows[min(place, len(rows) - 1)] for place in places]), device)
+        items = [rows[i] for i in own[first:first + args.micro_batch]]
+        batch = to_device(collate(items), device)
         samples, texts, mask_logits, _ = predict(lens, sampler, batch, tokenizer,
                                                  shared.max_completion, cache)
         _, r_box = text_rewards(texts, samples.finished, batch, 1.0, lens.prompt)
         r_box = r_box.to(device)                                                    # (B, 1)
         values = torch.stack([mask_rewards(mask_logits, batch, 1.0), r_box,
                               (r_box > 0.5).float()])[:, :, 0]                      # (3, B)
-        is_new = torch.tensor([place < len(rows) for place in places])
-        has_mask = torch.tensor([not ignore.all() for ignore in batch["ignore_masks"]])
-        counts = torch.stack([is_new & has_mask, is_new, is_new]).to(device)        # (3, B)
+        counts = torch.ones_like(values)                                            # (3, B)
+        counts[0] = batch["low_res_weights"].flatten(1).any(1)  # 0 where there is no mask
         sums += torch.stack([(values * counts).sum(1), counts.sum(1)])
     lens.train()
     lens.reshard()  # usually the backward does it, and there was none
@@ -582,14 +578,6 @@ def validate(lens, sampler, cache, rows, collate, tokenizer, shared, args, rank,
 def val_score(row):
     """What the best model is chosen by: mask IoU, or box IoU where no row has a mask."""
     return row.get("val_giou", row.get("val_box_iou", -1))
-
-
-def best_so_far(metrics):
-    """The best validation of a resumed run; -1 without any. The same on all ranks, since to export
-    the best model is a collective."""
-    best = [max(map(val_score, metrics.rows), default=-1)]
-    dist.broadcast_object_list(best, src=0)
-    return best[0]
 
 
 # --- The same samples, faster: a cache that compiles ----------------------------------------------

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from sam2.modeling.position_encoding import PositionEmbeddingRandom
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -152,10 +152,7 @@ def mesh():
 
 
 def stored_samples(completions, finished):
-    """Samples as if they had been drawn, but without the log-probabilities of the sampler."""
-    longest = max(len(completion) for group in completions for completion in group)
-    number = sum(map(len, completions))
-    return train_rl.Samples(completions, finished, torch.zeros(number, longest))
+    return train_rl.Samples(completions, finished)
 
 
 # --- The scripts ----------------------------------------------------------------------------------
@@ -223,6 +220,24 @@ def run(*command, check=True, cwd=ROOT, env=ENVIRONMENT):
 def rows(folder):
     """The objects of FOLDER/metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder):
+    """The same without what a clock says."""
+    times = ("seconds", "speed")
+    return [{name: value for name, value in row.items() if not name.startswith(times)}
+            for row in rows(folder)]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def largest_move(before, after, file):
+    """Of any weight, between two folders' safetensors of that name."""
+    before, after = load_file(before / file), load_file(after / file)
+    return max((after[name] - before[name]).abs().max().item() for name in before)
 
 
 @pytest.fixture(scope="session")

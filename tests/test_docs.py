@@ -1,6 +1,5 @@
 """The README and the pages in docs/: commands run, links lead somewhere, tables are those of the
 files behind them. `python tests/evidence/pages.py` mends line numbers and tables."""
-import ast
 import inspect
 import re
 import shlex
@@ -53,7 +52,7 @@ def tiny_commands():
 
 
 def test_the_readmes_commands(world, tmp_path, monkeypatch):
-    """From a folder without any earlier run; two steps and eight rows each."""
+    """From a folder without any earlier run; one step and eight rows each."""
     for name in ("tests", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setattr(conftest, "ROOT", tmp_path)              # where `call` runs a script
@@ -64,7 +63,7 @@ def test_the_readmes_commands(world, tmp_path, monkeypatch):
     assert [script for script, _ in commands] == ["align.py", "train_rl.py", "evaluate.py",
                                                   "evaluate.py"]
     for script, flags in commands:
-        call(script, *flags, "--limit", 8, *([] if script == "evaluate.py" else ["--steps", 2]),
+        call(script, *flags, "--limit", 8, *([] if script == "evaluate.py" else ["--steps", 1]),
              preset="")
     assert (tmp_path / "overlay.png").exists()
     assert (tmp_path / "runs/tiny/rl/mllm/model.safetensors").exists()
@@ -75,7 +74,6 @@ def test_the_example_of_copying():
     exec(blocks("python")[0], space)
     assert space["rewards"].tolist() == [1.5, 0.0]
     assert space["advantages"].tolist() == pytest.approx([1.0, -1.0], abs=1e-3)
-    assert space["loss"].item() == pytest.approx(0.0, abs=1e-6)
     assert space["log_probs"].grad.abs().sum() > 0
 
 
@@ -83,8 +81,8 @@ def test_the_example_of_copying():
 def test_scripts_that_are_named_exist(name):
     scripts = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")}
     names = {path.rpartition("/")[2] for path in scripts}
-    for script in re.findall(r"(?<![\w/.])([\w/]+\.py)\b", page(name)):
-        assert script in scripts or script in names or script == "test_NAME.py", script
+    for script in re.findall(r"(?<![\w/.])([\w/]+\.py)\b", page(name).replace("NAME.py", "")):
+        assert script in scripts or script in names, script
 
 
 def test_every_script_is_in_the_list():
@@ -103,10 +101,8 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-EVIDENCE_PAGES = [f"docs/evidence/{path.name}" for path in sorted(EVIDENCE.glob("*.md"))]
-
-
-@pytest.mark.parametrize("name", [*pages.PAGES, *EVIDENCE_PAGES, "tests/README.md"])
+@pytest.mark.parametrize("name", [*pages.PAGES, "tests/README.md", *(
+    f"docs/evidence/{path.name}" for path in sorted(EVIDENCE.glob("*.md")))])
 def test_linked_files_and_headings_exist(name):
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page(name)):
         file, _, anchor = link.partition("#")
@@ -118,25 +114,11 @@ def test_linked_files_and_headings_exist(name):
 
 def test_names_beside_files():
     """Every name beside a file of the README's table is in that file."""
-    described = re.findall(r"^\| \[(\w+\.py)\]\S+ \| (.*?) \|", README, re.M)
-    assert sorted(file for file, _ in described) == sorted(pages.FILES)
-    for file, text in described:
+    rows = re.findall(r"^\| \[(\w+\.py)\]\S+ \| (.*?) \|", README, re.M)
+    assert sorted(file for file, _ in rows) == sorted(pages.FILES)
+    for file, text in rows:
         for name in re.findall(r"`(\w+)`", text):
             assert re.search(rf"^ *(def|class) {name}\b|^{name} =", page(file), re.M), (file, name)
-
-
-def test_what_each_file_imports():
-    rows = re.findall(r"^\| \[(\w+)\.py\]\S+ \| .* \| (.*) \|$", README, re.M)
-    assert len(rows) == 7
-    for name, modules in rows:
-        imported = set()
-        for node in ast.parse(page(f"{name}.py")).body:
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module.split(".")[0])
-        imported -= set(sys.stdlib_module_names)
-        assert set(re.findall(r"\w+", modules.replace(".py", ""))) == imported, name
 
 
 EQUATIONS = {1: train_rl.generate, 2: model.forward_one, 3: model.Connector, 4: model.SamHead,
@@ -168,11 +150,11 @@ def test_tables_and_line_numbers_are_up_to_date(name):
 
 
 def test_pages_are_made_from_their_numbers():
-    made = {"proof": proof.page(read_json("proof")),
-            "ablations": ablations.page(read_lines(EVIDENCE / "ablations.jsonl")),
-            "benchmark": benchmark.page(read_json("benchmark")),
-            "peers": peers.page(read_json("peers"))}
-    for name, text in made.items():
+    texts = {"proof": proof.page(read_json("proof")),
+             "ablations": ablations.page(read_lines(EVIDENCE / "ablations.jsonl")),
+             "benchmark": benchmark.page(read_json("benchmark")),
+             "peers": peers.page(read_json("peers"))}
+    for name, text in texts.items():
         assert text == page(f"docs/evidence/{name}.md"), name
 
 

@@ -3,6 +3,7 @@ import json
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,18 +26,9 @@ import scale
 import tiny_runs
 import train_rl
 from data import load_item, read_records, select
-from rewards import box_iou, format_reward
+from rewards import answer_text, box_iou, format_reward
 
-COMPLETION = """<think>
-The cup is left.
-</think>
-<answer>
-```json
-[
-  {"bbox_2d": [10, 20, 30, 60], "label": "cup"}
-]
-```
-</answer>"""
+COMPLETION = answer_text((10, 20, 30, 60), "cup", "The cup is left.")
 
 
 def test_wrong_boxes():
@@ -48,9 +40,6 @@ def test_wrong_boxes():
     assert named["shifted by 0.5"] in [(20, 20, 40, 60), (0, 20, 20, 60), (10, 40, 30, 80),
                                        (10, 0, 30, 40)]
     assert named["shrunk to 0.5"] == (15, 30, 25, 50)
-    directions = {misguided.wrong_boxes((0, 0, 2, 2), None, random.Random(seed))[4]
-                  for seed in range(50)}
-    assert directions == {(2, 0, 4, 2), (-2, 0, 0, 2), (0, 2, 2, 4), (0, -2, 2, 0)}
 
 
 def test_another_objects_box_lies_elsewhere():
@@ -99,10 +88,8 @@ def test_the_figure_of_a_group(aligned):
         assert r_box == pytest.approx(box_iou(box, item["gt_box"]), abs=1e-6)
         iou = (mask & item["gt_mask"]).sum() / (mask | item["gt_mask"]).sum()
         assert r_mask == pytest.approx(iou, abs=1e-4)
-    totals = torch.tensor([sum(completion[3]) for completion in completions])
-    advantages = torch.tensor([completion[4] for completion in completions])
-    expected = (totals - totals.mean()) / totals.std(correction=0)
-    assert torch.allclose(advantages, expected, atol=1e-2) and advantages.std() > 0.5
+    best = max(completions, key=lambda completion: sum(completion[3]))
+    assert best[4] == max(completion[4] for completion in completions) > 0
 
 
 def test_the_walk(aligned, tmp_path):
@@ -128,12 +115,8 @@ def test_kinds_of_tokens():
     """Every token is one word or sign. The batch marks image tokens; the rest goes by its place."""
     words = ["<think>", "here", "</think>", "<answer>", '"bbox_2d": ', "[", "10", ", ", "7", "]",
              ', "label"', "</answer>"]
-
-    class Tokenizer:
-        def decode(self, ids):
-            return words[ids[0]]
-
-    kinds = attention.token_kinds(torch.tensor([0, 1, 1, 0]), range(len(words)), Tokenizer(), 2)
+    tokenizer = SimpleNamespace(decode=lambda ids: words[ids[0]])
+    kinds = attention.token_kinds(torch.tensor([0, 1, 1, 0]), range(len(words)), tokenizer, 2)
     assert kinds.tolist() == [1, 0, 0, 1] + [2, 2, 3] + [3, 3, 3, 4, 3, 4, 3, 3, 3] + [5, 5]
 
 
@@ -146,16 +129,14 @@ def test_the_benchmarks_three_ways_are_one():
 
 def test_the_benchmark_counts_a_known_product():
     """(3, 4) @ (4, 5) is 2 * 3 * 4 * 5 operations; a causal attention half of the full one."""
-    with benchmark.Arithmetic() as counter:
-        torch.randn(3, 4) @ torch.randn(4, 5)
-    assert counter.total == 120
     totals = []
-    for causal in (False, True):
+    for work in (lambda: torch.randn(3, 4) @ torch.randn(4, 5),
+                 lambda: scaled_dot_product_attention(*torch.randn(3, 1, 2, 8, 4)),
+                 lambda: scaled_dot_product_attention(*torch.randn(3, 1, 2, 8, 4), is_causal=True)):
         with benchmark.Arithmetic() as counter:
-            query, key, value = torch.randn(3, 1, 2, 8, 4)
-            scaled_dot_product_attention(query, key, value, is_causal=causal)
+            work()
         totals.append(counter.total)
-    assert totals == [2 * 2 * 2 * 8 * 8 * 4, 2 * 2 * 8 * 8 * 4]
+    assert totals == [120, 2 * 2 * 2 * 8 * 8 * 4, 2 * 2 * 8 * 8 * 4]
 
 
 def test_differences_between_runs():
@@ -195,12 +176,12 @@ def test_ablations_name_flags_that_exist(table, monkeypatch):
 
 def test_the_share_that_looks():
     """Two groups of two sampled completions, of which one looks; then two greedy ones."""
-    looks, seen = {"sampled": [], "greedy": []}, []
-    text_rewards = habit.count_looks(lambda *inputs: seen.append(inputs), looks)
-    text_rewards([["<think>\nThe circles are", "<think>\nIt is"], ["<think>\nIt", "The"]], 1, 2)
-    text_rewards([["<think>\nThe circles are"], ["<think>\nIt is"]], 3)
+    looks = {"sampled": [], "greedy": []}
+    text_rewards = habit.count_looks(lambda texts, *rest: rest, looks)
+    look, glance = "<think>\nThe circles are", "<think>\nIt is"
+    assert text_rewards([[look, glance], [glance, "The"]], 1, 2) == (1, 2)
+    text_rewards([[look], [glance]])
     assert looks == {"sampled": [True, False, False, False], "greedy": [True, False]}
-    assert [inputs[1:] for inputs in seen] == [(1, 2), (3,)]
     assert habit.shares(looks["sampled"], 2) == [0.5, 0.0]
 
 
@@ -230,21 +211,19 @@ def test_the_proofs_numbers(tmp_path, monkeypatch):
     gain 0.5, 0.25 and 0. Drawn by object, the mean is that of 0.5 and 0.25, of 0, or of all."""
     monkeypatch.setattr(proof, "RUNS", tmp_path)
     look, glance = "<think>\nThe circles", "<think>\nIt is"
+    unchanged = proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")
     better = [proof_row("a/1/0", look, 0.8, [3, 4], [1, 4], "chain", "crosses"),
-              proof_row("a/1/1", look, 0.6, [1, 2], [1, 2], "size", "crosses"),
-              proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")]
+              proof_row("a/1/1", look, 0.6, [1, 2], [1, 2], "size", "crosses"), unchanged]
     worse = [proof_row("a/1/0", glance, 0.4, [1, 4], [1, 2], "chain", "crosses"),
-             proof_row("a/1/1", glance, 0.6, [1, 4], [1, 4], "size", "crosses"),
-             proof_row("a/2/0", glance, 0.2, [0, 0], [1, 1], "size", "apart")]
+             proof_row("a/1/1", glance, 0.6, [1, 4], [1, 4], "size", "crosses"), unchanged]
     for variant in proof.VARIANTS:
         for mode in proof.MODES:
             rows = better if variant == "rl" else worse
             (tmp_path / f"{variant}-1.{mode}.jsonl").write_text("\n".join(rows) + "\n")
     result = proof.summarize([1], 3)
     means, gains = result["means"], result["gains"]
-    assert means["rl-1 greedy"]["looks"] == pytest.approx(2 / 3, abs=1e-3)
-    assert means["rl-1 greedy"]["acc50"] == pytest.approx(2 / 3, abs=1e-3)
-    assert means["rl-1 greedy"]["giou"] == pytest.approx((0.75 + 0.5 + 1) / 3, abs=1e-3)
+    for column, mean in {"looks": 2 / 3, "acc50": 2 / 3, "giou": (0.75 + 0.5 + 1) / 3}.items():
+        assert means["rl-1 greedy"][column] == pytest.approx(mean, abs=1e-3)
     # "no queries" draws with its boxes: 1/2, 1/4, 1; stage 2 with its queries: 3/4, 1/2, 1
     assert means["box_only-1 greedy"]["giou"] == pytest.approx(1.75 / 3, abs=1e-3)
     expected = {"stage 2 - stage 1, mask IoU": (0.25, 0.0, 0.375),

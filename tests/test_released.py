@@ -359,7 +359,7 @@ def test_what_is_no_published_checkpoint(untied, tmp_path):
             (ROOT / "tests/tiny/mllm", "tests/tiny/sam",
              "no num_of_query: this is a plain MLLM (--mllm)"),
             (tmp_path, "tests/tiny/sam", "config.json is missing"),
-            (untied, "none.pt", "none.pt: not a folder, not one of SAM 2's file"),
+            (untied, "none.pt", "--sam none.pt: not a folder"),
             (tmp_path / "small", tmp_path / "small/sam", "the tokenizer has ")):
         said = refused("convert_released.py", folder, tmp_path / "run", "--sam", sam, preset="")
         assert message in said and not (tmp_path / "run").exists()

@@ -10,26 +10,26 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import (SAM_SIDE, random_batch, random_completions, random_lens, random_mllm,
-                      stored_samples)
+from conftest import SAM_SIDE, random_batch, random_completions, random_lens, random_mllm
 
 import train_rl
 from align import SharedArgs, apply_update, run, start_processes
 from data import select
 from model import checkpoint_layers, prompt_positions, set_trainable, shard
-from train_rl import RLArgs, Reference, copy_mllm, refresh
+from train_rl import Reference, RLArgs, Samples, copy_mllm, refresh
 
 BOX = '<think>\na\n</think>\n<answer>\n[{"bbox_2d": [%d, 20, 80, 100]}]\n</answer>'
 
 
-def whole_batch():
+def whole_batch(dtype=torch.float32):
     """-> a batch of four prompts of different lengths, with ground truth; three completions for
-    each; their texts, one without a box; which of them are finished, the last not"""
-    batch = random_batch(((1, 4, 6), (1, 6, 4), (1, 4, 4), (1, 6, 6)), (7, 11, 5, 9))
+    each; their texts, one without a box; which of them are finished: all but the last"""
+    batch = random_batch(((1, 4, 6), (1, 6, 4), (1, 4, 4), (1, 6, 6)), (7, 11, 5, 9), dtype=dtype)
     g, low = torch.Generator().manual_seed(9), SAM_SIDE // 4
     batch["gt_masks"] = [torch.rand(40, 50, generator=g) > 0.6 for _ in range(4)]
     batch["ignore_masks"] = [torch.rand(40, 50, generator=g) > 0.9 for _ in range(4)]
-    batch["low_res_masks"], batch["low_res_weights"] = torch.rand(2, 4, low, low, generator=g)
+    batch["low_res_masks"], batch["low_res_weights"] = torch.rand(2, 4, low, low, generator=g,
+                                                                     dtype=dtype)
     batch["gt_boxes"], batch["mllm_frames"] = [(10, 10, 30, 30)] * 4, [(128, 128)] * 4
     texts = [["no box", BOX % (10 + b), BOX % (20 + b)] for b in range(4)]
     return batch, random_completions(4, 3), texts, [[True, True, False]] * 4
@@ -60,7 +60,7 @@ def micro_batches(lens, reference, args, rank=0, world=1, whole=None):
     completions, texts, finished = ([groups[b] for b in share]
                                     for groups in (completions, texts, finished))
     return train_rl.make_micro_batches(lens, reference, batch, prompt_positions(lens.mllm, batch),
-                                       stored_samples(completions, finished), texts, args)
+                                       Samples(completions, finished), texts, args)
 
 
 def forward_backward(lens, micro, args, world=1):

@@ -155,7 +155,7 @@ def run_table(table):
                 continue
             with LINES.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(f"{table}, {row.name}, seed {seed}: cIoU {line['greedy']['ciou']:.3f}", flush=True)
+            print(f"{table}, {row.name}, seed {seed}: finished", flush=True)
     return succeeded
 
 
@@ -190,7 +190,8 @@ Steps are those of stage 1 + stage 2.
             numbers = [cell(key, [line[part][key] for line in seeds])
                        if key in seeds[0][part] else "" for part, key in columns.values()]
             steps = " + ".join(map(str, seeds[0]["steps"].values()))
-            cells.append([row.name, row.paper, *numbers, steps, f"{len(seeds)} of {len(row.seeds)}"])
+            cells.append([row.name, row.paper, *numbers, steps,
+                          f"{len(seeds)} of {len(row.seeds)}"])
         if cells:
             header = ["", "paper", *columns, "steps", "seeds"]
             text += f"\n## {title}\n\n{markdown_table(header, cells)}"

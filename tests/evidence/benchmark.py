@@ -46,7 +46,6 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.modeling.sam.transformer import TwoWayTransformer
@@ -266,21 +265,16 @@ def full_segmentation(w, n):
 # --- The same numbers, then arithmetic, time and memory -------------------------------------------
 
 def call(w, way, part):
-    """Run one part in one way. The part "update" is a step without its sampling. The way "expanded"
-    only samples, by transformers' num_return_sequences."""
+    """Run one part in one way. The part "update" is a step without its sampling."""
     w.lens.mllm.set_attn_implementation({"text_config": "lens" if way == "group" else "sdpa"})
     w.lens.zero_grad()
     n, max_new = {"single": 1, "batch": w.G}.get(way), DECODED + 1
     if part in ("sampling", "step"):
-        options = dict(do_sample=True, top_k=0, max_new_tokens=max_new)
         if way == "group":
             generate(w.sampler, w.batch, w.positions, w.G, max_new, -1, w.lens.forbidden,
                      w.uniforms)
-        elif way == "expanded":
-            w.sampler.generate(**copies(w, 1), num_return_sequences=w.G, **options)
-        else:
-            for _ in chunks(w, n):
-                w.sampler.generate(**copies(w, n), **options)
+        for _ in chunks(w, n) if n else ():
+            w.sampler.generate(**copies(w, n), do_sample=True, top_k=0, max_new_tokens=max_new)
     if part == "policy":
         full_policy(w, n) if n else group_policy(w)
     if part == "segmentation":
@@ -381,16 +375,14 @@ def measure(name, repetitions):
             for key, value in numbers["gflop"].items():
                 result[key][way]["gflop"] = value
     w = build_world(*SETTINGS[name])
-    for part, ways in (("policy", WAYS), ("segmentation", WAYS), ("step", WAYS),
-                       ("sampling", ("group", "expanded"))):
-        runs = {way: [] for way in ways}
+    for part in ("policy", "segmentation", "step"):
+        runs = {way: [] for way in WAYS}
         for _ in range(repetitions):                         # A B C A B C, since machines drift
-            for way in ways:
+            for way in WAYS:
                 runs[way].append(run(w, way, part, process_time))
         for way, rows in runs.items():
-            for key in rows[0] if part != "sampling" else ("prefill",):
-                median = statistics.median(row[key] for row in rows)
-                result[key].setdefault(way, {})["seconds"] = median
+            for key in rows[0]:
+                result[key][way]["seconds"] = statistics.median(row[key] for row in rows)
     return result
 
 
@@ -458,7 +450,6 @@ def page(data):
     results, head = data["results"], data["results"]["headline"]
     step, sam = (head[part]["single"]["gflop"] for part in ("step", "segmentation"))
     real = 5 * (REAL["vision"] + REAL["language"] + REAL["lm_head"]) / REAL["SAM"]
-    expanded = head["prefill"]["expanded"]["seconds"]
     differences = ", ".join(f"{key} {value:.0e}" for key, value in data["check"].items())
     return f"""# What a group costs
 
@@ -477,10 +468,6 @@ largest differences are: {differences}.
 ## P = 1400, T = 200, M = 64, G = 8
 
 {parts_table(head)}
-With `num_return_sequences`, transformers {data["transformers"]} runs the vision tower once (earlier
-versions did not, and a batch that repeats its prompts does not). Prefill then takes
-{expanded:.2f} s, {expanded / head["prefill"]["group"]["seconds"]:.2f} times ours.
-
 ## The same with completions of {MIXED[0]} to {MIXED[-1]} tokens
 
 As many tokens in sum, but a padded batch pays for padding. Decoding is not told of the lengths.
@@ -497,7 +484,6 @@ def main():
     if sys.argv[1:] != ["--page"]:
         processor = platform.processor() or platform.machine()
         data = {"machine": f"one thread of {processor}, torch {torch.__version__}",
-                "transformers": transformers.__version__,
                 "check": largest_differences(build_world(*SETTINGS["mixed"])), "results": {}}
         for name in SETTINGS:
             data["results"][name] = measure(name, 3)

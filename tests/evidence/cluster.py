@@ -6,6 +6,7 @@ Nothing here is measured. The formulas are those of tests/tools/plan.py. What is
 Cluster, Work and the constants below, and on the page.
 """
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -170,26 +171,6 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def counts_table():
-    """Bytes and FLOPs of two clusters, which need no assumption."""
-    columns = [(cluster, work) for cluster in (ETHERNET, NVLINK) for work in WORKS]
-    found = [(work, sizes(cluster, work, PAPER)) for cluster, work in columns]
-    rows = [["tokens of a prompt P, of a completion T", "200 + the image's",
-             *(f"{z.P:,}, {work.T}" for work, z in found)]]
-    for name, formula, value in (
-            ("TFLOP of the prompts", "n (vision + language)",
-             lambda work, z: z.prompts * prefill_flops(z) / 1e12),
-            ("GB read for one token of all n G", "b W + n G (P up to 512s + 768) tokens of cache",
-             lambda work, z: decoding_bytes(z) / 1e9),
-            ("TFLOP of the update", "`arithmetic` without sampling",
-             lambda work, z: update_flops(z, work) / 1e12),
-            ("GB received", "`communication`",
-             lambda work, z: sum(plan.communication(z, PAPER).values()) / 1e9)):
-        rows.append([name, formula, *(f"{value(work, z):,.1f}" for work, z in found)])
-    head = [f"{cluster.gpus}: {work.name}" for cluster, work in columns]
-    return table(["per GPU and step", "formula", *head], rows)
-
-
 def seconds_table():
     rows = [["*formula*", "", "TFLOP / (MFU peak)", "T GB / (0.7 bandwidth)",
              "TFLOP / (MFU peak) + AdamW's", "GB / slowest link", "sum", f"{STEPS:,} steps"]]
@@ -240,88 +221,60 @@ def both_stages_table():
                   "days, both stages"], rows)
 
 
+ASSUMED = table(["assumed", "L40S, two machines of 8", "H100, one machine of 8"], [
+    ["peak in bf16, dense (data sheet)", "362 TFLOP/s", "989 TFLOP/s"],
+    ["memory bandwidth (data sheet)", "864 GB/s", "3,350 GB/s"],
+    ["link of a GPU within its machine", "PCIe 4 x16, 25 GB/s", "NVLink, 450 GB/s"],
+    ["network of a machine, line rate", "100 Gb/s = 12.5 GB/s, or 400 Gb/s = 50 GB/s", "none"],
+    ["share of the peak that arithmetic achieves (MFU)", "40 to 30 %", "40 to 30 %"],
+    ["share of the bandwidth that decoding achieves", "70 %", "70 %"]])
+
+
 def page():
     z = sizes(ETHERNET, COCO, PAPER)
-    files, own = plan.host_memory(z)
-    whole = 4 * (z.trained + z.frozen) + z.width * z.mllm
-    return f"""# What LENS-3B costs on 16 GPUs of 48 GB and on 8 of 80 GB
-
-Written by `python tests/evidence/cluster.py`. **Nothing on this page is measured.** It is
-arithmetic from the formulas of [tests/tools/plan.py](../../tests/tools/plan.py) and from these
-assumptions:
-
-| assumed | L40S, two machines of 8 | H100, one machine of 8 |
-| --- | --- | --- |
-| peak in bf16, dense; memory bandwidth (data sheets) | 362 TFLOP/s, 864 GB/s | 989 TFLOP/s, \
-3,350 GB/s |
-| link of a GPU within its machine | PCIe 4 x16, 25 GB/s | NVLink, 450 GB/s |
-| network of a machine, line rate | 100 Gb/s = 12.5 GB/s, or 400 Gb/s = 50 GB/s | none |
-| share of the peak that arithmetic achieves (MFU; what is computed again counts) | 40 to 30 % | \
-40 to 30 % |
-| share of the bandwidth that decoding achieves | 70 % | 70 % |
-
-We also assume that decoding is compiled, that every completion has T tokens, that a prompt has 200
-tokens of text, and that loading, rewards and checkpoints cost no time. In the lower figure,
-communication (but not refresh's) hides behind the update, and MFU is 40 %. In the higher one it
-adds to the update, and MFU is 30 %. Nobody knows yet how much is hidden.
-
-The model has {z.trained / 1e9:.2f} G trained and {z.frozen / 1e9:.2f} G frozen parameters. \
-{z.mllm / 1e9:.2f} G of them are the MLLM's, and a
-decoded token passes through W = {plan.token_weights(z) / 1e9:.2f} G. A number takes b = 2 bytes. \
-A step has {PAPER.batch} prompts
-with G = {PAPER.group_size}, so n = 4 prompts per GPU on 16 and 8 on 8, in micro-batches of \
-{PAPER.micro_batch}. A COCO image has
-23 * 17 = 391 tokens. At 1,000,000 pixels, the default cap, it has 1,275. T = 200 is a guess, 768 is
-the limit.
-
-## What a step of stage 2 does
-
-{counts_table()}
-
-## How long it takes, in seconds
-
-{seconds_table()}
-
-AdamW moves 28 bytes per trained parameter of a shard through the GPU's memory. Decoding takes T
-times the larger of its bytes and its arithmetic, 2 W n G. The slowest link of a ring over two
-machines is the slower of PCIe and network. The paper's {STEPS:,} steps are {OBJECTS:,} objects * \
-{PAPER.epochs} epochs /
-{PAPER.batch}. With `--compile off` a token may take {EAGER * 1000:.0f} ms (assumed), so 200 \
-tokens take {200 * EAGER:.0f} s. The update waits for the
-longest completion of all GPUs. So where a few completions reach the limit, decoding lasts as long
-as in the rows of "the limits".
-
-## What flags change
-
-The plan's GB are at the limits, with 2 for CUDA. "Unfused" adds the scores of attention, if no
-fused kernel takes a mask on that GPU (tests/tools/gpu.py finds out).
-
-{settings_table()}
-
-`--micro-batch 4` gathers the weights once for four prompts. `--shard hybrid` gathers within the
-machine only and sums gradients between the machines, whose 8 GPUs share one network. With 400 Gb/s
-it gains nothing. Rows above 48 GB do not fit an L40S.
-
-## Memory of the host
-
-While the model loads, its files ({files / 1e9:.1f} GB) are mapped once per machine, and each \
-process holds {own / 1e9:.1f} GB
-of its own: {(files + 8 * own) / 1e9:.0f} GB for a machine of 8. If each process loaded the whole \
-model in fp32 and a reference
-beside it, they would hold {8 * whole / 1e9:.0f} GB. This does not count Python, CUDA and the \
-processes that load data.
-tests/evidence/host_memory.py measures both ways with a small model on a CPU.
-
-## Stage 1, and both stages
-
-Stage 1 has {STAGE_1.epochs * OBJECTS // STAGE_1.batch:,} steps ({OBJECTS:,} objects * \
-{STAGE_1.epochs} epochs / {STAGE_1.batch}). The MLLM reads the prompt and the forced
-completion (about {FORCED} tokens) once without gradients. The queries' pass is counted three \
-times, and the connector
-and the queries are gathered and reduced for every micro-batch of {STAGE_1.micro_batch}.
-
-{both_stages_table()}
-"""
+    steps_1 = STAGE_1.epochs * OBJECTS // STAGE_1.batch
+    paragraphs = [
+        "Written by `python tests/evidence/cluster.py`. **Nothing on this page is measured.** It "
+        "is arithmetic from the formulas of [tests/tools/plan.py](../../tests/tools/plan.py) and "
+        "from these assumptions:",
+        ASSUMED,
+        "We also assume that decoding is compiled, that every completion has T tokens, that a "
+        "prompt has 200 tokens of text, and that loading, rewards and checkpoints cost no time. In "
+        "the lower figure, communication (but not refresh's) hides behind the update, and MFU is "
+        "40 %. In the higher one it adds to the update, and MFU is 30 %. Nobody knows yet how much "
+        "is hidden. What is computed again counts as arithmetic.",
+        f"The model has {z.trained / 1e9:.2f} G trained and {z.frozen / 1e9:.2f} G frozen "
+        f"parameters. A step has {PAPER.batch} prompts with G = {PAPER.group_size}, so n = 4 "
+        f"prompts per GPU on 16 and 8 on 8, in micro-batches of {PAPER.micro_batch}. A COCO image "
+        f"has 23 * 17 = 391 tokens. At 1,000,000 pixels, the default cap, it has 1,275. T = 200 is "
+        f"a guess, 768 is the limit.",
+        "## How long a step of stage 2 takes, in seconds",
+        seconds_table(),
+        f"Every decoding step reads the cache and the W = {plan.token_weights(z) / 1e9:.2f} G "
+        f"weights that a token passes through, and computes 2 W n G FLOPs; the longer of the two "
+        f"counts. AdamW moves 28 bytes per trained parameter of a shard. The slowest link of a "
+        f"ring over two machines is the slower of PCIe and network. The paper's {STEPS:,} steps "
+        f"are {OBJECTS:,} objects * {PAPER.epochs} epochs / {PAPER.batch}.",
+        f"With `--compile off` a token may take {EAGER * 1000:.0f} ms (assumed), so 200 tokens "
+        f"take {200 * EAGER:.0f} s. The update waits for the longest completion of all GPUs. So "
+        f"where a few completions reach the limit, decoding lasts as long as in the rows of \"the "
+        f"limits\".",
+        "## What flags change",
+        "The plan's GB are at the limits, with 2 for CUDA. \"Unfused\" adds the scores of "
+        "attention, if no fused kernel takes a mask on that GPU (tests/tools/gpu.py finds out).",
+        settings_table(),
+        "`--micro-batch 4` gathers the weights once for four prompts. `--shard hybrid` gathers "
+        "within the machine only and sums gradients between the machines, whose 8 GPUs share one "
+        "network. With 400 Gb/s it gains nothing. Rows above 48 GB do not fit an L40S.",
+        "## Stage 1, and both stages",
+        f"Stage 1 has {steps_1:,} steps ({OBJECTS:,} objects * {STAGE_1.epochs} epochs / "
+        f"{STAGE_1.batch}). The MLLM reads the prompt and the forced completion (about {FORCED} "
+        f"tokens) once without gradients. The queries' pass is counted three times. The connector "
+        f"and the queries are gathered and reduced for every micro-batch of {STAGE_1.micro_batch}.",
+        both_stages_table()]
+    text = [part if part.startswith(("|", "#")) else textwrap.fill(part, 100)
+            for part in paragraphs]
+    return "\n\n".join(["# What LENS-3B costs on 16 GPUs of 48 GB and on 8 of 80 GB", *text]) + "\n"
 
 
 def main():

@@ -41,13 +41,13 @@ def without_times(lines):
 
 def stamps(folder, pattern):
     """{(name, time of the last change)} of the run's files or folders of this name."""
-    found = set()
+    result = set()
     for path in folder.glob(pattern):
         try:
-            found.add((path.name, path.stat().st_ctime_ns))
+            result.add((path.name, path.stat().st_ctime_ns))
         except FileNotFoundError:            # it has just been renamed
             pass
-    return found
+    return result
 
 
 def kill_once(moment, folder, flags, longest, rng):

@@ -12,12 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import evaluate
+import train_rl
 from align import SharedArgs, parse_settings, run
 from train_rl import draw_uniforms, generate
 
 
 def sampling_generate(seed):
-    """`generate` as evaluate.py calls it, with uniforms that are a function of seed and row."""
+    """`generate` as inference calls it, with uniforms that are a function of seed and row."""
     rows = count()
 
     def sample(mllm, batch, positions, G, max_new, *inputs, **options):
@@ -29,7 +30,7 @@ def sampling_generate(seed):
 
 def main():
     shared, _ = parse_settings([SharedArgs, evaluate.EvaluateArgs], evaluate.PRESETS, __doc__)
-    evaluate.generate = sampling_generate(shared.seed)
+    train_rl.generate = sampling_generate(shared.seed)
     evaluate.main()
 
 

@@ -2,12 +2,12 @@
 
     python tests/evidence/scale.py   # six minutes of two cores; docs/evidence/scale.json, scale.md
 
-Ten updates on stored completions and random weights (tests/training_worker.py), in fp32 and in bf16. Each
-way is compared with one process: the largest difference of a loss, of the gradient norm, and of a
-trained weight after the tenth update, relative to the largest weight of its tensor. bf16 on one
-process is compared with fp32, which shows what rounding alone does. The learning rate is ten times
-the paper's, 3e-5. (AdamW divides a gradient by its own size, even where the gradient is rounding
-alone: at 9e-4 the losses were 8e-4 apart after ten updates.)
+Ten updates on stored completions and random weights (tests/training_worker.py), in fp32 and in
+bf16. Each way is compared with one process: the largest difference of a loss, of the gradient norm,
+and of a trained weight after the tenth update, relative to the largest weight of its tensor. bf16
+on one process is compared with fp32, which shows what rounding alone does. The learning rate is ten
+times the paper's, 3e-5. (AdamW divides a gradient by its own size, even where it is rounding alone:
+at 9e-4 the losses were 8e-4 apart after ten updates.)
 
 A machine is a torchrun agent of its own; two of them meet over loopback. `full` shards over all
 processes, `hybrid` within a machine with copies between machines.
@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
@@ -95,13 +96,13 @@ def whole_script(folder):
 
 def page(data):
     lines = ["# One process and several", "",
-             "Made by `python tests/evidence/scale.py`. Each row trains the same small model for "
-             "ten updates on the same batches and is compared with the same training on one "
-             "process. (bf16 on one process is compared with fp32.) The first four columns are the "
-             "largest differences: of the loss (42 at the start, 10 at the end), of its parts, of "
-             "the gradient norm, and of any weight, relative to the largest weight of its tensor. "
-             "The last three columns are the memory that one process needs, as a share of what a "
-             "single process needs.", "",
+             f"Made by `python tests/evidence/scale.py` ({data['measured with']}). Each row trains "
+             "the same small model for ten updates on the same batches and is compared with the "
+             "same training on one process. (bf16 on one process is compared with fp32.) The first "
+             "four columns are the largest differences: of the loss (42 at the start, 10 at the "
+             "end), of its parts, of the gradient norm, and of any weight, relative to the largest "
+             "weight of its tensor. The last three columns are the memory that one process needs, "
+             "as a share of what a single process needs.", "",
              "| | loss | other parts | gradient norm | weights | trained weights per process | "
              "optimizer | reference |",
              "|---|---|---|---|---|---|---|---|"]
@@ -116,7 +117,9 @@ def page(data):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        data = {"updates": ten_updates(Path(folder)), "script": whole_script(Path(folder))}
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        data = {"measured with": versions, "updates": ten_updates(Path(folder)),
+                "script": whole_script(Path(folder))}
     (ROOT / "docs/evidence/scale.json").write_text(json.dumps(data, indent=1) + "\n")
     (ROOT / "docs/evidence/scale.md").write_text(page(data))
     print(page(data))

@@ -18,8 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-SERIES = {"refcoco": (19994, 196771), "refcoco+": (19992, 196737),
-          "refcocog": (25799, 208960)}                                # images, annotations
+# images, annotations, {split: (objects, expressions)}
+SERIES = {
+    "refcoco": (19994, 196771, {"train": (42404, 120624), "val": (3811, 10834),
+                                "testA": (1975, 5657), "testB": (1810, 5095)}),
+    "refcoco+": (19992, 196737, {"train": (42278, 120191), "val": (3805, 10758),
+                                 "testA": (1975, 5726), "testB": (1798, 4889)}),
+    "refcocog": (25799, 208960, {"train": (42226, 80512), "val": (2573, 4896),
+                                 "test": (5023, 9602)})}
 TRAIN2014 = 82783                                                     # images in COCO's folder
 WORDS = ("the left right man woman in red shirt of with cup front white on table second guy blue "
          "behind black dog").split()
@@ -47,9 +53,8 @@ def measure(root, step):
         records = data.read_records(root, list(SERIES), ["train"])
     else:                                # as evaluate.py --splits all reads them
         records = []
-        for dataset in SERIES:
-            splits = [split for split in data.DATASETS[dataset] if split != "train"]
-            records += data.read_records(root, [dataset], splits)
+        for dataset, (*_, splits) in SERIES.items():
+            records += data.read_records(root, [dataset], [*splits][1:])
     seconds = round(time.perf_counter() - start, 1)
     expressions = sum(len(record["expressions"]) for record in records)
     print(json.dumps({"seconds": seconds, "peak_gb": peak_gigabytes(), "imports_gb": imported,
@@ -63,20 +68,20 @@ def peak_gigabytes():
 # --- The synthetic series -------------------------------------------------------------------------
 
 def write(root):
-    from data import DATASETS, REFS_FILES
+    from data import DATASETS
     images, rng = Path(root) / "refer_seg/images/mscoco/images/train2014", random.Random(0)
     images.mkdir(parents=True)
     for i in range(1, TRAIN2014 + 1):
         (images / file_name(i)).touch()
-    for name, (number, annotations) in SERIES.items():
+    for name, (number, annotations, splits) in SERIES.items():
         ids = rng.sample(range(1, TRAIN2014 + 1), number)
-        folder, objects = Path(root) / "refer_seg" / name, make_annotations(ids, annotations, rng)
+        objects = make_annotations(ids, annotations, rng)
         instances = {"info": {}, "images": [make_image(i) for i in ids], "annotations": objects,
                      "categories": []}
-        folder.mkdir(parents=True)
-        (folder / "instances.json").write_text(json.dumps(instances))
-        refs = make_refs(objects, DATASETS[name], rng)
-        (folder / REFS_FILES.get(name, (name, "refs(unc).p"))[1]).write_bytes(pickle.dumps(refs, 2))
+        refs = Path(root, DATASETS[name][0])
+        refs.parent.mkdir(parents=True)
+        refs.with_name("instances.json").write_text(json.dumps(instances))
+        refs.write_bytes(pickle.dumps(make_refs(objects, splits, rng), 2))
 
 
 def file_name(i):

@@ -5,7 +5,7 @@
 
 This is stage 1 as in the README's job, but behind completions that are written from the truth, with
 one habit or the other. Stage 2 can turn the MLLM's completions from glances into looks. What lies
-between the two numbers is all that this can do for the masks. Either takes ten minutes of a core.
+between the two numbers is all that this can do for the masks.
 
 Prints the mean mask IoU (gIoU) over held-out expressions, in all, by kind and by layout: of the
 context queries' masks, and of SAM's masks when the completion's box prompts it.
@@ -26,8 +26,8 @@ import build
 import world
 from align import PRESETS, SharedArgs, TrainArgs, align_step, learning_rate, make_optimizer
 from data import Collator
-from evaluate import prompt_with_boxes, prompt_with_queries
-from model import SamHead, build_lens, load_sam, prompt_positions, set_trainable
+from evaluate import prompt_with_boxes
+from model import SamHead, build_lens, load_sam, prefill, prompt_positions, set_trainable
 from rewards import full_size_masks, mask_iou, parse_box
 
 
@@ -81,8 +81,9 @@ def evaluate(lens, stock_sam, rows, collate):
         batch = collate(items)
         features = lens.encode_images(batch["sam_pixels"])
         boxes = [parse_box(row["completion"]) for row in items]               # MLLM frame
-        logits = {"queries": prompt_with_queries(lens, batch, prompt_positions(lens.mllm, batch),
-                                                 [[row["tokens"]] for row in items], features),
+        prefilled = prefill(lens.mllm, batch, prompt_positions(lens.mllm, batch),
+                            [row["tokens"] for row in items])
+        logits = {"queries": lens.align_forward(prefilled, features),
                   "box": prompt_with_boxes(stock_sam, batch, boxes, features)}
         for way, maps in logits.items():
             for b, row in enumerate(items):

@@ -3,7 +3,7 @@
     python tests/tiny/world.py runs/shapes
 
 writes it in REFER's layout, so that data.read_refcoco reads it like RefCOCO. It needs a minute of
-one core and 106 MB. The same seed writes the same bytes.
+one core and 93 MB. The same seed writes the same bytes.
 
 A box is often not enough to tell what is meant: bars cross in one and the same box, a circle lies
 on a square of its own width, a circle lies in a ring, one thing hides part of another. The mask and

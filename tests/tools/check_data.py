@@ -103,7 +103,7 @@ def load_one(record):
     try:
         item = load_item(record, 0)
     except LensError as error:
-        return str(error), False
+        return str(error) if record["id"] in str(error) else f"{record['id']}: {error}", False
     return None, bool((item["gt_mask"] | item["ignore_mask"]).any())
 
 

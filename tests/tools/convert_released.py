@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 import sam2
 import torch
-from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
@@ -203,7 +202,7 @@ def read_processor(folder):
 
 def sam_config(path):
     """The yaml from which load_sam builds SAM 2."""
-    path = Path(HF_MODEL_ID_TO_FILENAMES.get(str(path), (0, path))[1])
+    path = Path(path)
     if path.is_dir():
         return path / "config.yaml"
     return Path(sam2.__path__[0]) / SAM_CONFIGS[path.name]

@@ -433,6 +433,9 @@ def sizes(lens, shared, args, gpus, P=0, patches=0):
     text, vision = lens.mllm.config.text_config, lens.mllm.config.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     plain = hasattr(vision, "mlp_ratio")
+    if not plain and not hasattr(vision, "fullatt_block_indexes"):
+        raise LensError(f"--mllm {shared.mllm}: the plan knows Qwen2-VL and Qwen2.5-VL only, not "
+                        f"{lens.mllm.config.model_type}")
     merge = vision.spatial_merge_size ** 2
     if not P:
         P = shared.max_prompt
