@@ -40,8 +40,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
 
-from data import (Collator, LensError, TrainingStream, fingerprint, read_records, rescale_box,
-                  select, take_evenly, to_device, training_batches, write_whole)
+from data import (LOADER_HELP, Collator, LensError, TrainingStream, fingerprint, read_records,
+                  rescale_box, select, take_evenly, to_device, training_batches, write_whole)
 from model import (ARCHITECTURE, build_lens, context_positions, export, prefill, prompt_positions,
                    read_run, set_trainable, shard)
 from rewards import answer_text, mask_iou
@@ -79,7 +79,7 @@ def forced_completions(lens, batch, tokenizer):
 
 def align_step(lens, batch, completions, world, args):
     """Forward and backward of one micro-batch. Gradients add up over the micro-batches of a step.
-    -> tensor (3,): sums of loss and mask IoU (at S/4), number of prompts that have a mask"""
+    -> tensor (2,): the sums of the loss and of the mask IoU (at S/4)"""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.mask_pass)
     with torch.no_grad():  # nothing before the queries is trained, and the MLLM is not sharded
         prefilled = prefill(lens.mllm, batch, positions, completions)
@@ -89,8 +89,7 @@ def align_step(lens, batch, completions, world, args):
     # each rank has a share of the batch, and FSDP averages over ranks: this gives the batch's mean
     (loss * world / args.batch).backward()
     iou = mask_iou(mask_logits > 0, gt > 0.5, ignore=weights < 0.5)
-    has_mask = weights.flatten(1).any(1)  # False where the ground truth is a box: all is ignored
-    return torch.stack([loss.detach(), (iou * has_mask).sum(), has_mask.sum()])
+    return torch.stack([loss.detach(), iou.sum()])
 
 
 def main():
@@ -120,7 +119,7 @@ def main():
             sums = sums + align_step(lens, select(batch, rows), [completions[j] for j in rows],
                                      world, args)
         dist.all_reduce(sums)
-        loss, iou = (sums[0] / args.batch).item(), (sums[1] / sums[2].clamp(min=1)).item()
+        loss, iou = (sums / args.batch).tolist()
         factor = learning_rate(step, total, args.warmup, "cosine")
         norm = apply_update(lens, optimizer, factor, args, loss, step)
         row = {"step": step + 1, "loss": loss, "mask_iou": iou, "grad_norm": norm,
@@ -174,8 +173,6 @@ class SharedArgs:
     max_completion: int = flag(768, "longest completion in tokens")
     precision: Literal["bf16", "fp32"] = flag(
         "bf16", "precision in which the MLLM and SAM's image encoder compute")
-    compile: Literal["auto", "on", "off"] = flag(
-        "auto", "compile the decoding step; auto compiles on GPUs")
     limit: int = flag(0, "use only this many training objects or evaluation rows, taken evenly; "
                          "0 uses all")
     seed: int = flag(42, "seed of everything random: data order, initial weights, samples")
@@ -254,8 +251,8 @@ def parse_settings(classes, presets, description):
 
 def remembered_settings(flags):
     """What the run that is evaluated, resumed or started from remembers: {name: value}."""
-    if getattr(flags, "checkpoint", ""):  # evaluate.py's flag; the two are each evaluation's own
-        return without(read_run(flags.checkpoint), "limit", "compile")
+    if getattr(flags, "checkpoint", ""):  # evaluate.py's flag; each evaluation has its own --limit
+        return without(read_run(flags.checkpoint), "limit")
     if getattr(flags, "resume", False):
         path = Path(flags.output) / "settings.json"
         return json.loads(path.read_text()) if path.exists() else {}
@@ -280,6 +277,10 @@ def run(main):
         # an error in a loader process arrives with its traceback as text; the message is last
         message = str(error).rpartition("LensError: ")[2].strip()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # one that was killed during a step
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {LOADER_HELP} ({error})")
     except OSError as error:
         # disk full, quota used up, not permitted, read-only
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):

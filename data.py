@@ -14,7 +14,7 @@ these are the inputs I and T of Eq. 1 and the ground truth M_gt of Eqs. 5 and 12
     NAME, a folder of your own, one line per object; file names are relative to the folder
         ROOT/NAME/{train,val}.jsonl
         {"image": "a.jpg", "text": "the cup", "mask": "a.png", "box": [x1, y1, x2, y2]}
-        text may be a list, mask may be COCO polygons or RLE; mask or box may be left out
+        text may be a list, mask may be COCO polygons or RLE; box may be left out
     shapes, the laptop's world, in refcoco's layout
         python tests/tiny/world.py ROOT writes it
 
@@ -60,8 +60,8 @@ from rewards import box_iou, chat_messages
 #     "expressions"   list of strings, each of which names the object
 #     "size"          (H, W) of the image that was annotated, or None if the annotation does not say
 #     "gt_box"        in the image frame, or None if it is the extent of the mask
-#     "segmentation"  COCO polygons, COCO RLE, path of a mask file, ReasonSeg's tuple of (label,
-#                     points), or None if the object has a box alone
+#     "segmentation"  COCO polygons, COCO RLE, path of a mask file, or ReasonSeg's tuple of
+#                     (label, points)
 #     "groups"        one tuple of names per expression; evaluation also counts these groups apart
 
 
@@ -69,11 +69,9 @@ def load_item(record, i):
     """A record with its expression i -> {"id", "expression", "image" (PIL, RGB), "gt_mask",
     "ignore_mask" (both (H, W) bool), "gt_box" (image frame)}. Raises LensError if a file is damaged
     or contradicts the rest."""
-    segmentation, unclear = record["segmentation"], ()
-    if record["size"] is None and not isinstance(segmentation, tuple):      # a line of one's own
-        # Orientations 5 to 8 swap height and width: there a mask file shows what was annotated.
-        unclear = range(2, 5 if isinstance(segmentation, str) else 9)
-    image = load_image(record["image"], record["size"], unclear)
+    # a line of one's own does not say whether it means the image as stored or as viewers turn it
+    own = record["size"] is None and not isinstance(record["segmentation"], tuple)
+    image = load_image(record["image"], record["size"], refuse_rotation=own)
     gt_mask, ignore_mask = load_masks(record, image.size[::-1])
     if record["gt_box"]:
         refuse_box(record, gt_mask)
@@ -84,14 +82,14 @@ def load_item(record, i):
 
 # --- Images, masks and boxes ----------------------------------------------------------------------
 
-def load_image(path, size=None, unclear=()):
+def load_image(path, size=None, refuse_rotation=False):
     """-> RGB image. It is turned upright as its EXIF orientation says, like in a viewer, unless the
     annotated `size` (H, W) is the size of the stored pixels. Raises LensError if the file cannot be
-    read, has another size, or has one of the EXIF orientations that are `unclear`."""
+    read, has another size, or is to be turned although that is refused."""
     try:
         image = Image.open(path)
         orientation = image.getexif().get(0x0112, 1)
-        if orientation in unclear:
+        if refuse_rotation and orientation in range(2, 9):
             raise LensError(
                 f"{path}: its camera's rotation (EXIF orientation {orientation}) leaves open what "
                 "was annotated. If it was the image as viewers show it, turn the pixels (mogrify "
@@ -127,14 +125,11 @@ def to_rgb(image):
 
 
 def load_masks(record, size):
-    """-> mask of the object, mask of the ignored pixels, each (H, W) bool. If the record has a box
-    alone, all pixels are ignored: neither loss nor reward nor metric reads its mask."""
+    """-> mask of the object, mask of the ignored pixels, each (H, W) bool."""
     segmentation = record["segmentation"]
     mask, ignore = np.zeros((2, *size), bool)
     try:
-        if segmentation is None:
-            ignore[:] = True
-        elif isinstance(segmentation, tuple):
+        if isinstance(segmentation, tuple):
             mask, ignore = draw_reasonseg(segmentation, size)
         elif isinstance(segmentation, str):
             mask = read_mask_file(segmentation)
@@ -386,26 +381,19 @@ def read_reasonseg(root, dataset, splits):
 
 def reasonseg_annotation(content):
     """The bytes of a file, UTF-8 or cp1252 -> its texts, and a tuple of (label, points), where
-    points is a list of [x, y]. labelme's rectangles and circles become polygons."""
+    points is a list of [x, y]."""
     try:
         annotation = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         annotation = json.loads(content.decode("cp1252"))
     shapes = []
     for shape in annotation["shapes"]:
-        points, kind = np.array(shape["points"], float).reshape(-1, 2), shape.get("shape_type")
+        points = np.array(shape["points"], float).reshape(-1, 2)
         if not (abs(points) < 1e5).all():                       # NaN as well
             raise ValueError("a point lies far outside the image, or is no number")
-        corners = points.astype(np.int32)
-        if kind == "rectangle":                                 # two opposite corners
-            (x1, y1), (x2, y2) = corners
-            corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
-        elif kind == "circle":                                  # its centre, and a point on it
-            radius = round(math.dist(*points))
-            corners = cv2.ellipse2Poly(corners[0], (radius, radius), 0, 0, 360, 1)
-        elif kind not in ("polygon", None):
-            raise ValueError(f"a shape of type {kind!r}: draw a polygon")
-        shapes.append((shape["label"].lower(), corners.tolist()))
+        if shape.get("shape_type", "polygon") != "polygon":     # labelme's rectangles and circles
+            raise ValueError(f"a shape of type {shape['shape_type']!r}: draw a polygon")
+        shapes.append((shape["label"].lower(), points.astype(np.int32).tolist()))
     return list_of_expressions(annotation["text"]), tuple(shapes)
 
 
@@ -449,8 +437,8 @@ def line_record(row, folder, images):
     those of images to `images`."""
     expressions, mask, box = list_of_expressions(row["text"]), row.get("mask"), row.get("box")
     image = images / row["image"]
-    if not mask and not box:
-        raise ValueError("it needs a mask or a box")
+    if not mask:
+        raise ValueError("it needs a mask; a box alone does not say what to segment")
     if not image.exists():
         raise ValueError(f"its image {image} is missing")
     if box:
@@ -508,7 +496,6 @@ class EvaluationRows(Dataset):
 
     def __init__(self, records, limit=0):
         rows = [(record, i) for record in records for i in range(len(record["expressions"]))]
-        self.total = len(rows)
         self.rows = take_evenly(rows, limit)
 
     def __len__(self):

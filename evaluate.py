@@ -102,51 +102,39 @@ def summarize(rows, draws=1000):
         n         the number of rows
         giou_95, ciou_95, box_iou_95    [low, high], see `bootstrap`
 
-    I_i and U_i are the pixels in the intersection and the union of the mask and gt_mask. Rows whose
-    ground truth is a box alone are left out of giou and ciou. If all rows are such, both are None.
+    I_i and U_i are the pixels in the intersection and the union of the mask and gt_mask.
     """
-    # the None of a row without a mask becomes NaN
     I, U, boxes, formats = (np.array([row[name] for row in rows], dtype=float)
                             for name in ("intersection", "union", "box_iou", "format"))
     ious = np.where(U == 0, 1.0, I / (U + 1e-5))
-    giou = ciou = None
-    if not np.isnan(U).all():
-        giou = float(np.nanmean(ious))
-        ciou = float(np.nansum(I) / max(np.nansum(U), 1))
-    metrics = {"giou": giou, "ciou": ciou, "box_iou": float(boxes.mean()),
-               "acc50": float((boxes > 0.5).mean()), "format": float(formats.mean()),
-               "n": len(rows)}
+    metrics = {"giou": float(ious.mean()), "ciou": float(I.sum() / max(U.sum(), 1)),
+               "box_iou": float(boxes.mean()), "acc50": float((boxes > 0.5).mean()),
+               "format": float(formats.mean()), "n": len(rows)}
     objects = [row["id"].rpartition("/")[0] for row in rows]                    # "OBJECT/number"
-    for name, interval in bootstrap(ious, I, U, boxes, objects, draws).items():
-        metrics[f"{name}_95"] = None if metrics[name] is None else interval
-    return metrics
+    return {**metrics, **bootstrap(ious, I, U, boxes, objects, draws)}
 
 
 def bootstrap(ious, I, U, boxes, objects, draws):
-    """95 % intervals of giou, ciou and box_iou: {name: [low, high]}.
+    """95 % intervals: {"giou_95", "ciou_95", "box_iou_95"}, each [low, high].
 
     One draw takes as many objects as there are, with replacement, and computes the metrics of their
     rows. The interval runs from the 2.5 % to the 97.5 % quantile of all draws. Objects are drawn,
     not rows, since the expressions of one object are not independent. The four arrays (n,) hold a
     number for each row, `objects` the name of its object."""
     _, owner = np.unique(objects, return_inverse=True)
-    columns = np.stack([ious, I, U, boxes, ~np.isnan(U), np.ones(len(U))], 1)   # (rows, 6)
-    sums = np.zeros((owner.max() + 1, 6))                                       # (objects, 6)
-    np.add.at(sums, owner, np.nan_to_num(columns))
+    columns = np.stack([ious, I, U, boxes, np.ones(len(U))], 1)                 # (rows, 5)
+    sums = np.zeros((owner.max() + 1, 5))                                       # (objects, 5)
+    np.add.at(sums, owner, columns)
     n = len(sums)
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)   # (draws, objects)
-    ious, I, U, boxes, masks, rows = (times @ sums).T                           # (draws,) each
-    metrics = {"giou": ious / np.maximum(masks, 1), "ciou": I / np.maximum(U, 1),
-               "box_iou": boxes / rows}
+    ious, I, U, boxes, rows = (times @ sums).T                                  # (draws,) each
+    metrics = {"giou_95": ious / rows, "ciou_95": I / np.maximum(U, 1), "box_iou_95": boxes / rows}
     return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in metrics.items()}
 
 
 def count(mask, gt_mask, ignore_mask, ignore):
     """Masks (H, W) bool -> {"intersection", "union"} in pixels. ignore: "out" leaves the pixels of
-    ignore_mask out, "background" counts them as background. Both numbers are None if everything is
-    ignored, which says that the ground truth is a box alone."""
-    if ignore_mask.all():
-        return {"intersection": None, "union": None}
+    ignore_mask out, "background" counts them as background."""
     intersection, union = mask_counts(mask, gt_mask, ignore_mask if ignore == "out" else None)
     return {"intersection": int(intersection), "union": int(union)}
 
@@ -183,18 +171,20 @@ def find_splits(shared, args):
     return splits
 
 
-def evaluate_split(split, loader, predict_batch, args, rank, world):
-    """The rows of a split in order, the same on every process. `loader` gives the share of this
-    process, rows rank, rank + world, ...: no row is predicted twice, none is missing."""
-    share, total = [], -(-len(split.rows) // (world * args.batch))
-    for batch in tqdm(loader, desc=split.name, total=total, disable=rank > 0):
+def evaluate_split(split, predict_batch, collate, shared, args, rank, world, device):
+    """The rows of a split in order, the same on every process. This process predicts the rows rank,
+    rank + world, ..., so no row is predicted twice, and none is missing."""
+    own = range(rank, len(split.rows), world)
+    batches = [own[i:i + args.batch] for i in range(0, len(own), args.batch)]
+    loader = load_batches(split.rows, batches, collate, shared.workers, device)
+    own_rows, all_rows = [], [None] * world
+    for batch in tqdm(loader, desc=split.name, total=len(batches), disable=rank > 0):
         for b, prediction in enumerate(predict_batch(batch)):
-            share.append(make_row(batch, b, prediction, args))
-    shares = [None] * world
-    dist.all_gather_object(shares, share)
-    rows = [shares[k % world][k // world] for k in range(len(split.rows))]
+            own_rows.append(make_row(batch, b, prediction, args))
+    dist.all_gather_object(all_rows, own_rows)
+    rows = [all_rows[k % world][k // world] for k in range(len(split.rows))]
     for row, (record, i) in zip(rows, split.rows.rows):
-        row |= {"split": split.full_name, "groups": record["groups"][i]}
+        row.update(split=split.full_name, groups=record["groups"][i])
     return rows
 
 
@@ -218,32 +208,27 @@ def make_row(batch, b, prediction, args):
 
 def summarize_split(split, rows):
     """-> {name: metrics} of a split, then of each group that its rows belong to."""
-    subset = {}
-    if len(rows) < split.rows.total:
-        subset = {"subset": f" (subset, n = {len(rows)} of {split.rows.total})"}
-    results = {split.name: {**summarize(rows), **subset}}
+    results = {split.name: summarize(rows)}
     groups = {(place, name) for row in rows for place, name in enumerate(row["groups"])}
     for _, name in sorted(groups):
         members = [row for row in rows if name in row["groups"]]
-        results[f"{split.name}: {name}"] = {**summarize(members), **subset}
+        results[f"{split.name}: {name}"] = summarize(members)
     return results
 
 
 def results_table(results):
     """{name: metrics} -> a Markdown table whose columns are lined up, in per cent."""
     def percent(share):
-        return "-" if share is None else f"{100 * share:.1f}"
+        return f"{100 * share:.1f}"
 
     table = [["split", "gIoU", "cIoU", "box IoU", "Acc@0.5", "format", "n"]]
     for name, metrics in results.items():
         cells = [name]
         for metric in ("giou", "ciou", "box_iou"):
-            cell, interval = percent(metrics[metric]), metrics[f"{metric}_95"]
-            if interval:
-                cell += f" [{percent(interval[0])}, {percent(interval[1])}]"
-            cells.append(cell)
+            low, high = map(percent, metrics[f"{metric}_95"])
+            cells.append(f"{percent(metrics[metric])} [{low}, {high}]")
         cells += [percent(metrics["acc50"]), percent(metrics["format"])]
-        table.append([*cells, f"{metrics['n']}{metrics.get('subset', '')}"])
+        table.append([*cells, str(metrics["n"])])
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in table)
@@ -356,10 +341,7 @@ def main():
     predict_batch, collate = load_models(shared, args, device)
     results, predictions = {}, []
     for split in splits:
-        share = range(rank, len(split.rows), world)
-        batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
-        loader = load_batches(split.rows, batches, collate, shared.workers, device)
-        rows = evaluate_split(split, loader, predict_batch, args, rank, world)
+        rows = evaluate_split(split, predict_batch, collate, shared, args, rank, world, device)
         results |= summarize_split(split, rows)
         predictions += rows
     if rank == 0:

@@ -128,18 +128,11 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     if ref_log_probs is not None:
         kl = completion_mean(kl_k3(log_probs, ref_log_probs.detach()), mask)
         loss = loss + beta * kl
-    fraction = clip_fraction(log_probs.detach(), old_log_probs, advantages, mask, clip_eps)
-    return loss, {"kl": kl.detach(), "clip_fraction": fraction}
-
-
-def clip_fraction(log_probs, old_log_probs, advantages, mask, clip_eps):
-    """The share of tokens whose gradient the clip of Eq. 8 removes. log_probs, old_log_probs and
-    mask (N, T), advantages (N, 1) -> scalar tensor."""
-    ratio = torch.exp(log_probs - old_log_probs)  # (N, T)
+    ratio = torch.exp(log_probs.detach() - old_log_probs)  # (N, T)
     too_high = (ratio > 1 + clip_eps) & (advantages > 0)
     too_low = (ratio < 1 - clip_eps) & (advantages < 0)
-    clipped = (too_high | too_low) & mask
-    return clipped.sum() / mask.sum().clamp(min=1)
+    clip_fraction = ((too_high | too_low) & mask).sum() / mask.sum().clamp(min=1)
+    return loss, {"kl": kl.detach(), "clip_fraction": clip_fraction}
 
 
 # --- The same numbers, faster: a group as one packed row ------------------------------------------

@@ -111,23 +111,16 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
     N, device = len(hidden), hidden.device
     tokens = torch.full((N, max_new), eos, device=device)
     done = torch.zeros(N, dtype=torch.bool, device=device)
-    running = torch.arange(N, device=device)  # the n that are still decoded; some have ended
     for t in range(max_new):
-        logits = policy_logits(mllm.lm_head, hidden, forbidden, temperature)  # (n, V)
-        token = pick_tokens(logits, None if uniforms is None else uniforms[running, t])
-        token = torch.where(done[running], eos, token)  # what follows the end is cut off below
-        tokens[running, t] = token
-        done[running] = token == eos
-        if t + 1 == max_new:  # the last token needs no step
+        logits = policy_logits(mllm.lm_head, hidden, forbidden, temperature)  # (N, V)
+        token = pick_tokens(logits, None if uniforms is None else uniforms[:, t])
+        token = torch.where(done, eos, token)  # what follows the end is cut off below
+        tokens[:, t] = token
+        done = token == eos
+        # asking makes the CPU wait for the GPU, so only every eighth token
+        if t + 1 == max_new or t % 8 == 7 and done.all():
             break
-        if t % 8 == 7:  # asking makes the CPU wait for the GPU, so only every eighth token
-            unfinished = (~done[running]).nonzero()[:, 0]
-            if len(unfinished) == 0:
-                break
-            kept = cache.shrink(unfinished)
-            if kept is not None:
-                running, token = running[kept], token[kept]
-        position = (next_position[running] + t)[:, None].expand(3, -1, 1)     # (3, n, 1)
+        position = (next_position + t)[:, None].expand(3, -1, 1)              # (3, N, 1)
         hidden = cache.step(token, position)
     mllm.train(training)
     lengths = torch.where(done, (tokens == eos).int().argmax(1) + 1, max_new).tolist()
@@ -137,7 +130,7 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
 
 
 class GrowingCache:
-    """Keys and values of n sequences, one token longer after every step: the plain way to decode,
+    """Keys and values of N sequences, one token longer after every step: the plain way to decode,
     and the fast one on a CPU."""
 
     def __init__(self, language_model):
@@ -147,25 +140,16 @@ class GrowingCache:
         """Take over the cache of B prompts (model.Prefilled), G times for each."""
         self.cache = prompts.cache
         self.cache.batch_repeat_interleave(G)
-        self.mask = prompts.attention_mask.repeat_interleave(G, 0)  # (n, P + t), 0 on padding
+        self.mask = prompts.attention_mask.repeat_interleave(G, 0)  # (N, P + t), 0 on padding
 
     def step(self, token, position):
-        """Feed one token (n,) at its position (3, n, 1). -> last hidden states (n, C)"""
+        """Feed one token (N,) at its position (3, N, 1). -> last hidden states (N, C)"""
         self.mask = F.pad(self.mask, (0, 1), value=1)
         return decode_step(self.language_model, token, position, self.mask, self.cache)
 
-    def shrink(self, unfinished):
-        """Once half of the n sequences have ended, drop all but the unfinished, given by their
-        indices. -> the indices that were kept, or None if nothing has changed"""
-        if len(unfinished) > len(self.mask) // 2:
-            return None
-        self.cache.batch_select_indices(unfinished)
-        self.mask = self.mask[unfinished]
-        return unfinished
-
 
 def decode_step(language_model, token, position, mask, cache, **options):
-    """One token for n sequences. -> last hidden states (n, C)"""
+    """One token for N sequences. -> last hidden states (N, C)"""
     return run_with_cache(language_model, cache, position_ids=position, attention_mask=mask,
                           inputs_embeds=language_model.embed_tokens(token[:, None]),
                           **options).last_hidden_state[:, -1]
@@ -200,13 +184,12 @@ def text_rewards(texts, finished, batch, power, prompt="paper"):
 
 def mask_rewards(mask_logits, batch, power):
     """R_seg of mask logits (B * G, S/4, S/4) -> (B, G), taken at the original size of each image.
-    Where the ground truth is a box alone, all pixels are ignored, and R_seg is 0 for the group."""
+    power: --iou-power."""
     groups = mask_logits.view(len(batch["gt_masks"]), -1, *mask_logits.shape[1:])
     device, rewards = mask_logits.device, []
     for logits, gt, ignore in zip(groups, batch["gt_masks"], batch["ignore_masks"]):
         masks = full_size_masks(logits, gt.shape)                  # (G, H, W)
-        iou = mask_iou(masks, gt.to(device), ignore.to(device))    # (G,)
-        rewards.append(iou ** power * (not ignore.all()))          # nothing against nothing is 1
+        rewards.append(mask_iou(masks, gt.to(device), ignore.to(device)) ** power)
     return torch.stack(rewards)
 
 
@@ -284,21 +267,16 @@ def backward(out, micro, args, world):
 def vital_signs(out, micro):
     """What shows whether a run is healthy -> {name: mean over a MicroBatch (scalar tensor)}.
 
-    reward_spread is the standard deviation of the rewards in a group, zero_variance the share of
-    groups that teach nothing, cut the share of completions without an end token. reward_mask counts
-    groups without a ground-truth mask as 0; `update` divides it by has_mask, the share of groups
-    that have one.
+    zero_variance is the share of groups whose rewards are equal, which teach nothing; cut the share
+    of completions without an end token.
     """
     lengths = micro.packed.mask.sum(1)                                   # (N,)
     equal = (micro.reward == micro.reward[:, :1]).all(1)
-    has_mask = micro.batch["low_res_weights"].flatten(1).any(1)
     return {"reward": micro.reward.mean(), "reward_format": micro.r_format.mean(),
             "reward_box": micro.r_box.mean(), "reward_mask": micro.r_mask.mean(),
-            "reward_spread": micro.reward.std(1, correction=0).mean(),
             "zero_variance": equal.float().mean(),
             "entropy": (out["entropy"].sum(1) / lengths).mean(),
-            "completion_length": lengths.float().mean(), "cut": (~micro.finished).float().mean(),
-            "has_mask": has_mask.float().mean()}
+            "completion_length": lengths.float().mean(), "cut": (~micro.finished).float().mean()}
 
 
 # --- 5. Update ------------------------------------------------------------------------------------
@@ -321,9 +299,7 @@ def update(lens, optimizer, micro_batches, factor, args, world, step):
         loss = dict(zip(stats, mean.tolist()))["loss"]
         norm = apply_update(lens, optimizer, factor, args, loss, step)
         total = total + mean / args.updates_per_batch
-    means = dict(zip(stats, total.tolist()))
-    means["reward_mask"] /= means.pop("has_mask") or 1
-    return means, norm
+    return dict(zip(stats, total.tolist())), norm
 
 
 def parameter_groups(lens, args):
@@ -461,7 +437,7 @@ def main():
     numbers = range(rank * share, (rank + 1) * share)  # of this rank's prompts in the batch
     cache = decoding_cache(sampler, shared, share * args.group_size, device)
     metrics = Metrics(folder, start, total, rank)
-    best = max(map(val_score, metrics.rows), default=-1)  # of a resumed run, on every rank
+    best = max((row.get("val_giou", -1) for row in metrics.rows), default=-1)  # if it is resumed
     began = time.time()
     for step, batch in enumerate(loader, start):
         loaded = time.time()
@@ -489,8 +465,8 @@ def main():
         if val and (step + 1) % args.val_every == 0:
             row |= validate(lens, sampler, cache, val, collate, processor.tokenizer, shared, args,
                             rank, world, device)
-            if val_score(row) > best:
-                best = val_score(row)
+            if row["val_giou"] > best:
+                best = row["val_giou"]
                 export(folder / "best", lens, shared, sampler, processor)
         row["seconds"] = round(time.time() - began, 3)
         began = time.time()  # writing and saving count as the next step's loading
@@ -545,13 +521,13 @@ def validation_rows(shared, limit=200):
 
 @torch.no_grad()
 def validate(lens, sampler, cache, rows, collate, tokenizer, shared, args, rank, world, device):
-    """Greedy completions and their masks on `rows`. -> {"val_giou": mean mask IoU (if any row has
-    a mask), "val_box_iou": mean box IoU, "val_acc50": share of boxes with an IoU above 0.5}
+    """Greedy completions and their masks on `rows`. -> {"val_giou": mean mask IoU, "val_box_iou":
+    mean box IoU, "val_acc50": share of boxes with an IoU above 0.5}
 
     A forward is a collective, so every process must make the same number of them. Where the rows
     do not split evenly over the processes, the last ones are left out.
     """
-    sums = torch.zeros(2, 3, device=device)  # of the three values, and their counts
+    sums = torch.zeros(4, device=device)  # of the three values, and the number of rows
     lens.eval()
     share = len(rows) // world
     own = range(rank * share, (rank + 1) * share)
@@ -561,32 +537,24 @@ def validate(lens, sampler, cache, rows, collate, tokenizer, shared, args, rank,
         samples, texts, mask_logits, _ = predict(lens, sampler, batch, tokenizer,
                                                  shared.max_completion, cache)
         _, r_box = text_rewards(texts, samples.finished, batch, 1.0, lens.prompt)
-        r_box = r_box.to(device)                                                    # (B, 1)
-        values = torch.stack([mask_rewards(mask_logits, batch, 1.0), r_box,
-                              (r_box > 0.5).float()])[:, :, 0]                      # (3, B)
-        counts = torch.ones_like(values)                                            # (3, B)
-        counts[0] = batch["low_res_weights"].flatten(1).any(1)  # 0 where there is no mask
-        sums += torch.stack([(values * counts).sum(1), counts.sum(1)])
+        r_box, r_mask = r_box.to(device), mask_rewards(mask_logits, batch, 1.0)     # (B, 1) each
+        sums[:3] += torch.stack([r_mask.sum(), r_box.sum(), (r_box > 0.5).sum()])
+        sums[3] += len(items)
     lens.train()
     lens.reshard()  # usually the backward does it, and there was none
     dist.all_reduce(sums)
-    means = (sums[0] / sums[1].clamp(min=1)).tolist()
-    names = ("val_giou", "val_box_iou", "val_acc50")
-    return {name: mean for name, mean, n in zip(names, means, sums[1]) if n}
-
-
-def val_score(row):
-    """What the best model is chosen by: mask IoU, or box IoU where no row has a mask."""
-    return row.get("val_giou", row.get("val_box_iou", -1))
+    means = (sums[:3] / sums[3].clamp(min=1)).tolist()
+    return dict(zip(("val_giou", "val_box_iou", "val_acc50"), means))
 
 
 # --- The same samples, faster: a cache that compiles ----------------------------------------------
 
 def decoding_cache(mllm, shared, N, device):
-    """What --compile asks for: a FixedCache for N completions, or None for the growing one."""
-    if device.type == "cpu" and shared.compile != "on":
+    """A FixedCache for N completions on a GPU; None, for a GrowingCache, on the CPU.
+    TORCH_COMPILE_DISABLE=1 in the environment switches compiling off."""
+    if device.type == "cpu":
         return None
-    return FixedCache(mllm, N, shared.max_prompt, shared.max_completion, shared.compile != "off")
+    return FixedCache(mllm, N, shared.max_prompt, shared.max_completion)
 
 
 class FixedCache:
@@ -595,8 +563,8 @@ class FixedCache:
     CPU never waits for the GPU.
 
     A slot is an index on the length axis. All prompts end before the slot `first`, which is a
-    multiple of 512, and n is N, N/2, N/4 or N/8. So few shapes occur. Weights that change in place
-    (`refresh`) are seen by the next step.
+    multiple of 512, so few shapes occur. Weights that change in place (`refresh`) are seen by the
+    next step.
     """
 
     def __init__(self, mllm, N, longest_prompt, max_new, compiled=True):
@@ -619,20 +587,16 @@ class FixedCache:
         """As GrowingCache.begin."""
         B, P = prompts.attention_mask.shape
         first = math.ceil(P / 512) * 512  # the slot of the first completion token
-        self.use(B * G, first + self.room)
+        # from now on the layers are views (B * G, key heads, length, d) of the memory
+        self.layers = [tuple(layer[:, :B * G, :, :first + self.room]) for layer in self.memory]
         for (keys, values), layer in zip(self.layers, prompts.cache.layers):
+            for tensor in (keys, values):  # else a CUDA graph would copy it at every step
+                torch._dynamo.mark_static_address(tensor, guard=False)
             keys[:, :, first - P:first] = layer.keys.repeat_interleave(G, 0)
             values[:, :, first - P:first] = layer.values.repeat_interleave(G, 0)
         self.slot.fill_(first - 1)
         mask = F.pad(prompts.attention_mask.bool(), (first - P, self.room))
-        self.mask = mask.repeat_interleave(G, 0)[:, None, None]  # (n, 1, 1, length)
-        self.smallest = B * G // 8
-
-    def use(self, n, length):
-        """From now on the layers are views (n, key heads, length, d) of the memory."""
-        self.layers = [tuple(layer[:, :n, :, :length]) for layer in self.memory]
-        for tensor in sum(self.layers, ()):  # else a CUDA graph would copy it at every step
-            torch._dynamo.mark_static_address(tensor, guard=False)
+        self.mask = mask.repeat_interleave(G, 0)[:, None, None]  # (B * G, 1, 1, length)
 
     def update(self, key, value, layer, *args, **kwargs):
         """What each layer of the language model calls with the new token's key and value."""
@@ -650,20 +614,6 @@ class FixedCache:
         self.mask.index_fill_(3, self.slot, True)
         return self.decode_step(self.language_model, token, position, self.mask, self,
                                 one_token=True)
-
-    def shrink(self, unfinished):
-        """As GrowingCache.shrink, but exactly to the half: ended sequences fill it up."""
-        n, half = len(self.mask), len(self.mask) // 2
-        if len(unfinished) > half or half < self.smallest:
-            return None
-        ended = torch.ones(n, dtype=torch.bool, device=unfinished.device)
-        ended[unfinished] = False
-        kept = torch.cat([unfinished, ended.nonzero()[:half - len(unfinished), 0]])
-        self.mask = self.mask[kept]
-        for tensor in sum(self.layers, ()):
-            tensor[:half] = tensor[kept]
-        self.use(half, self.mask.shape[3])
-        return kept
 
 
 if __name__ == "__main__":
