@@ -151,10 +151,6 @@ def mesh():
     dist.destroy_process_group()
 
 
-def stored_samples(completions, finished):
-    return train_rl.Samples(completions, finished)
-
-
 # --- The scripts ----------------------------------------------------------------------------------
 
 def call(script, *flags, preset="tiny"):

@@ -82,8 +82,8 @@ def test_forced_completions(prompt, opening, text):
 
 
 def test_a_step_of_stage_1_by_hand(float64):
-    """Loss and IoU are those of the masks. The second row has a box alone: its loss is 0, and it is
-    left out of the IoU. One micro-batch of four rows gives the gradients of four of one."""
+    """Loss and IoU are those of the masks; in the second row all is ignored. One micro-batch of
+    four rows gives the gradients of four of one."""
     lens, (batch, completions, *_) = float64(random_lens()), whole_batch(torch.float64)
     set_trainable(lens, "align")
     completions = [group[0] for group in completions]
@@ -94,7 +94,7 @@ def test_a_step_of_stage_1_by_hand(float64):
                                     lens.encode_images(batch["sam_pixels"]))
     gt, weights = batch["low_res_masks"], batch["low_res_weights"]
     losses = segmentation_loss(logits, gt, weights)
-    ious = [rewards.mask_iou(logits[b] > 0, gt[b] > 0.5, weights[b] < 0.5) for b in (0, 2, 3)]
+    ious = [rewards.mask_iou(logits[b] > 0, gt[b] > 0.5, weights[b] < 0.5) for b in range(4)]
     sums, grads = [], []
     for size in 4, 1:
         total = 0
@@ -106,7 +106,7 @@ def test_a_step_of_stage_1_by_hand(float64):
         grads.append([p.grad for p in lens.parameters() if p.requires_grad])
         lens.zero_grad()
     assert losses[1] == 0 and losses[0] > 0
-    assert sums[0] == pytest.approx([losses.sum().item(), sum(ious), 3])
+    assert sums[0] == pytest.approx([losses.sum().item(), sum(ious)])
     assert sums[1] == pytest.approx(sums[0])
     assert all((a - b).abs().max() < 1e-8 for a, b in zip(*grads, strict=True))
     with torch.enable_grad():  # the gradient is that of the mean over the batch, of all processes
@@ -172,16 +172,16 @@ def test_each_source_of_settings_wins_over_those_before_it(tmp_path):
 
     run = {"preset": "3b", "profile": "released", "prompt": "released-cot", "mask_pass": "paper",
            "sam_tokens": "all", "connector": "mlp", "num_queries": 5, "mllm": "my/mllm",
-           "sam": "my/sam", "max_pixels": 5, "seed": 7, "limit": 3, "compile": "off"}
+           "sam": "my/sam", "max_pixels": 5, "seed": 7, "limit": 3}
     (tmp_path / "lens.json").write_text(json.dumps(run))
     inherited = {name: run[name] for name in align.INHERITED}
-    assert set(inherited) == set(run) - {"preset", "seed", "limit", "compile"}
+    assert set(inherited) == set(run) - {"preset", "seed", "limit"}
     settings = parsed(train_rl, *tiny, tmp_path)  # with the model come its profile's rewards
     assert within({**inherited, **RELEASED_REWARDS, "seed": 42, "limit": 0, "batch": 12}, settings)
     settings = parsed(train_rl, *tiny, tmp_path, "--prompt", "paper", "--lambda-format", 1)
     assert within({"prompt": "paper", "lambda_format": 1.0, "mllm": "my/mllm"}, settings)
     settings = parsed(evaluate, "--checkpoint", tmp_path, "--mask-pass", "released")
-    assert within({**run, "mask_pass": "released", "limit": 0, "compile": "auto"}, settings)
+    assert within({**run, "mask_pass": "released", "limit": 0}, settings)
 
 
 @pytest.mark.parametrize("script", [align, train_rl, evaluate])
@@ -292,28 +292,22 @@ def test_stopped_by_a_signal_and_resumed(whole, monkeypatch, tmp_path):
 
 def test_sigterm_to_torchrun_with_loaders(world, tmp_path):
     """Two processes with two loaders each, which receive the signal too: the step is finished and
-    saved. Resumed, the numbers are those of an uninterrupted run to the last bit."""
-    flags = ["--data", world, "--steps", 16, "--batch", 4, "--micro-batch", 2]
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    saved, and nothing hangs."""
     process = subprocess.Popen(
-        [*map(str, [*TORCHRUN, "--nproc_per_node=2", "align.py", "--preset", "tiny", *flags,
-                    "--workers", 2, "--output", broken])],
+        [*map(str, [*TORCHRUN, "--nproc_per_node=2", "align.py", "--preset", "tiny", "--data",
+                    world, "--steps", 16, "--batch", 4, "--micro-batch", 2, "--workers", 2,
+                    "--output", tmp_path])],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.time() + 200
     while time.time() < until and process.poll() is None:
-        if (broken / "metrics.jsonl").exists() and len(rows(broken)) >= 2:
+        if (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) >= 2:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=100)
-    steps = len(rows(broken))
-    assert 2 <= steps < 16 and not (broken / "lens.json").exists()
-    assert checkpoints(broken) == [f"step_{steps:06d}"]
-    in_two(call, "align.py", "--output", broken, "--resume", "--workers", 0)
-    in_two(call, "align.py", *flags, "--output", unbroken)
-    assert numbers(broken) == numbers(unbroken) and len(rows(broken)) == 16
-    for file in ("context.safetensors", "sam.safetensors"):
-        assert (broken / file).read_bytes() == (unbroken / file).read_bytes()
+    steps = len(rows(tmp_path))
+    assert 2 <= steps < 16 and not (tmp_path / "lens.json").exists()
+    assert checkpoints(tmp_path) == [f"step_{steps:06d}"]
 
 
 def test_resuming_at_a_saved_step_writes_the_finished_run(whole, tmp_path):

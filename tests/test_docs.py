@@ -30,7 +30,7 @@ def page(name):
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 250
+    assert len(README.splitlines()) <= 220
 
 
 def blocks(language):

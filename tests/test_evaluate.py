@@ -55,22 +55,20 @@ def row(intersection, union, box=0.0, form=1.0, name="a/1/0", **more):
 
 
 def test_summary_by_hand():
-    """I/U: 30/60, 0/40, 0/0 and 10/10. gIoU: (1/2 + 0 + 1 + 1) / 4 = 0.625; cIoU: 40 / 110. A row
-    whose ground truth is a box alone counts in the last three only."""
+    """I/U: 30/60, 0/40, 0/0 and 10/10. gIoU: (1/2 + 0 + 1 + 1) / 4 = 0.625; cIoU: 40 / 110. If
+    all masks are empty, no number is NaN."""
     rows = [row(30, 60, 0.5), row(0, 40, 0.51, 0.0), row(0, 0, 0.9), row(10, 10)]
     metrics = evaluate.summarize(rows)
     assert metrics["giou"] == pytest.approx(0.625, abs=1e-6) and metrics["ciou"] == 40 / 110
     assert metrics["box_iou"] == pytest.approx(1.91 / 4)
     # a box IoU of 0.5 itself is not above 0.5
     assert metrics["acc50"] == 0.5 and metrics["format"] == 0.75 and metrics["n"] == 4
-    more = evaluate.summarize([*rows, row(None, None, 0.8, 0.0)])
-    assert all(more[name] == metrics[name] for name in ("giou", "ciou"))
-    assert more["box_iou"] == pytest.approx(2.71 / 5) and more["n"] == 5
-    assert more["acc50"] == more["format"] == 0.6
-    boxes = evaluate.summarize([row(None, None, 0.6), row(None, None, 0.2, name="a/2/0")])
-    assert boxes["box_iou"] == pytest.approx(0.4) and boxes["acc50"] == 0.5 and boxes["n"] == 2
-    assert [boxes[name] for name in ("giou", "ciou", "giou_95", "ciou_95")] == [None] * 4
-    json.dumps(boxes, allow_nan=False)
+    assert list(metrics) == ["giou", "ciou", "box_iou", "acc50", "format", "n", "giou_95",
+                             "ciou_95", "box_iou_95"]
+    empty = evaluate.summarize([row(0, 0, 0.6), row(0, 0, 0.2, name="a/2/0")])
+    assert empty["giou"] == 1 and empty["ciou"] == 0 and empty["giou_95"] == [1, 1]
+    assert empty["box_iou"] == pytest.approx(0.4) and empty["acc50"] == 0.5 and empty["n"] == 2
+    json.dumps([metrics, empty], allow_nan=False)
 
 
 def lisa(masks, truths):
@@ -92,8 +90,7 @@ def lisa(masks, truths):
 @pytest.mark.parametrize("ignore, label", [("out", 255), ("background", 0)])
 def test_metrics_equal_lisas(ignore, label):
     """Random masks of many sizes, and all the corners: no ground truth, no prediction, neither, a
-    prediction in ignored pixels alone, everything but the ground truth ignored. If all is ignored,
-    there is only a box, and nothing is counted."""
+    prediction in ignored pixels alone, everything but the ground truth ignored, and everything."""
     g, cases = np.random.default_rng(5), []
     for n in range(60):
         size = tuple(g.integers(5, 40, 2))
@@ -104,30 +101,28 @@ def test_metrics_equal_lisas(ignore, label):
         if n == 35:
             truth = np.arange(truth.size).reshape(size) == 7
             hidden = ~truth
+        if n == 37:
+            hidden = truth | True
         cases.append((mask, truth & ~hidden, hidden))
     assert any(not m.any() and not t.any() for m, t, _ in cases)
-    assert any((m & h).any() for m, _, h in cases)
+    assert any((m & h).any() for m, _, h in cases) and cases[37][0].any()
     counts = [evaluate.count(*map(torch.from_numpy, case), ignore) for case in cases]
     assert all(type(n) is int for pair in counts for n in pair.values())
     metrics = evaluate.summarize([row(**pair) for pair in counts])
     truths = [np.where(hidden, label, truth.astype(int)) for _, truth, hidden in cases]
     expected = lisa([mask for mask, _, _ in cases], truths)
     assert (metrics["giou"], metrics["ciou"]) == pytest.approx(expected, abs=1e-6)
-    none = torch.zeros(4, 5, dtype=torch.bool)
-    assert evaluate.count(~none, none, ~none, ignore) == {"intersection": None, "union": None}
 
 
 def test_intervals_equal_a_naive_bootstrap():
-    """Objects of one to five rows that resemble one another, some with a box alone. Drawing rows
-    instead of objects would give clearly narrower intervals. One object leaves nothing to draw."""
+    """Objects of one to five rows that resemble one another. Drawing rows instead of objects would
+    give clearly narrower intervals. One object leaves nothing to draw."""
     g, objects = np.random.default_rng(3), []
     for i in range(40):
         level, size = g.random(), g.integers(10, 1000, 1 + i % 5)
         shares = np.clip(level + g.normal(0, 0.03, len(size)), 0, 1)
-        counts = [(int(n * share), int(n)) if i % 8 else (None, None)
-                  for n, share in zip(size, shares)]
-        objects.append([row(*pair, float(np.clip(level + g.normal(0, 0.1), 0, 1)),
-                            name=f"set/{i}/{j}") for j, pair in enumerate(counts)])
+        objects.append([row(int(n * share), int(n), float(np.clip(level + g.normal(0, 0.1), 0, 1)),
+                            name=f"set/{i}/{j}") for j, (n, share) in enumerate(zip(size, shares))])
     rows = [r for rows in objects for r in rows]
     metrics = evaluate.summarize([rows[i] for i in g.permutation(len(rows))], draws=20000)
 
@@ -135,10 +130,8 @@ def test_intervals_equal_a_naive_bootstrap():
         g, draws = np.random.default_rng(4), []
         for _ in range(3000):
             sample = [r for i in g.integers(len(groups), size=len(groups)) for r in groups[i]]
-            masks = [(r["intersection"], r["union"]) for r in sample if r["union"] is not None]
-            draws.append([np.mean([i / (u + 1e-5) for i, u in masks]),
-                          sum(i for i, _ in masks) / sum(u for _, u in masks),
-                          np.mean([r["box_iou"] for r in sample])])
+            I, U, box = np.array([(r["intersection"], r["union"], r["box_iou"]) for r in sample]).T
+            draws.append([np.mean(I / (U + 1e-5)), I.sum() / U.sum(), box.mean()])
         return np.percentile(draws, [2.5, 97.5], axis=0).T
 
     names = "giou", "ciou", "box_iou"
@@ -151,26 +144,21 @@ def test_intervals_equal_a_naive_bootstrap():
 
 def test_groups_and_table_by_hand():
     """Behind the split come the names in the first place of the tuples, then those in the second. A
-    row without groups counts in the split alone. cIoU of all: (30 + 10 + 10 + 0) / 120. If --limit
-    left rows out, each line says so."""
+    row without groups counts in the split alone. cIoU of all: (30 + 10 + 10 + 0 + 5) / 140."""
     rows = [row(30, 60, groups=("size", "nests")), row(10, 40, groups=("chain", "nests")),
-            row(10, 10, groups=("size",)), row(0, 10, groups=()), row(None, None, groups=("box",))]
-    split = evaluate.Split("val", "mine val", SimpleNamespace(total=5))
-    results = evaluate.summarize_split(split, rows)
+            row(10, 10, groups=("size",)), row(0, 10, groups=()), row(5, 20, groups=("box",))]
+    results = evaluate.summarize_split(evaluate.Split("val", "mine val", rows=None), rows)
     assert [(name, metrics["n"], metrics["ciou"]) for name, metrics in results.items()] == [
-        ("val", 5, 50 / 120), ("val: box", 1, None), ("val: chain", 1, 0.25),
+        ("val", 5, 55 / 140), ("val: box", 1, 0.25), ("val: chain", 1, 0.25),
         ("val: size", 2, 40 / 70), ("val: nests", 2, 0.4)]
-    assert not any("subset" in metrics for metrics in results.values())
-    split.rows.total = 6
-    results = evaluate.summarize_split(split, rows)
     results["val"]["giou_95"] = [0.25, 0.333]
     lines = evaluate.results_table(results).splitlines()
     assert len({len(line) for line in lines}) == 1 and set(lines[1]) == set("| -")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[0] == ["split", "gIoU", "cIoU", "box IoU", "Acc@0.5", "format", "n"]
-    assert cells[2][1] == "43.7 [25.0, 33.3]" and [line[0] for line in cells[2:]] == list(results)
-    assert cells[3] == ["val: box", "-", "-", "0.0 [0.0, 0.0]", "0.0", "100.0",
-                        "1 (subset, n = 5 of 6)"]
+    assert cells[2][1] == "40.0 [25.0, 33.3]" and [line[0] for line in cells[2:]] == list(results)
+    assert cells[3] == ["val: box", "25.0 [25.0, 25.0]", "25.0 [25.0, 25.0]", "0.0 [0.0, 0.0]",
+                        "0.0", "100.0", "1"]
 
 
 # --- From a completion to a mask ------------------------------------------------------------------
@@ -273,16 +261,16 @@ def write_datasets(root, world):
         truth[f"groundingsuite/eval/{n}/0"] = mask, mask & False, suite[-1]["box"], [name]
     mask, *_ = [scene(root / f"mine/{name}.jpg", 100, 120) for name in "abc"]
     Image.fromarray(mask).save(root / "mine/a.png")
-    none, polygon = mask & False, mask & False
-    polygon[20:70, 10:40] = True
+    none, polygon, boxed = np.zeros((3, *mask.shape), bool)
+    polygon[20:70, 10:40] = boxed[10:55, 12:60] = True
     mine = [{"image": "a.jpg", "text": ["the first", EVIL], "mask": "a.png"},
-            {"image": "c.jpg", "text": "a box", "box": [9, 8, 70, 60]},
+            {"image": "c.jpg", "text": "a box", "box": [9, 8, 70, 60], "mask": encode(boxed)},
             {"image": "b.jpg", "text": "polygons", "mask": [[10, 20, 40, 20, 40, 70, 10, 70]]}]
     for name, rows in ("GroundingSuite-Eval", suite), ("mine/train", mine), ("mine/val", mine):
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return truth | {"mine/val/1/0": (mask, none, box_of(mask), []),
                     "mine/val/1/1": (mask, none, box_of(mask), []),
-                    "mine/val/2/0": (none, ~none, [9, 8, 70, 60], []),
+                    "mine/val/2/0": (boxed, none, [9, 8, 70, 60], []),
                     "mine/val/3/0": (polygon, none, [10, 20, 40, 70], [])}
 
 
@@ -337,9 +325,8 @@ def expected(whole, rows, label=255):
     xywh = lambda b: [b[0], b[1], max(b[2] - b[0], 0), max(b[3] - b[1], 0)]
     for r in rows:
         mask, hidden, box, _ = whole.truth[r["id"]]
-        if not hidden.all():
-            masks.append(decode(r))
-            truths.append(np.where(hidden, label, mask.astype(int)))
+        masks.append(decode(r))
+        truths.append(np.where(hidden, label, mask.astype(int)))
         ious.append(coco_mask.iou([xywh(r["box"] or [0] * 4)], [xywh(box)], [0])[0, 0])
     return [*lisa(masks, truths), np.mean(ious), np.mean(np.array(ious) > 0.5)]
 
@@ -356,9 +343,8 @@ def test_numbers_equal_an_independent_computation(whole):
     assert list(whole.result) == list(sets) and len(sets) > 20
     for name, rows in sets.items():
         metrics = whole.result[name]
-        four = [metrics[metric] for metric in ("giou", "ciou", "box_iou", "acc50")]
-        assert four == pytest.approx(expected(whole, rows), abs=1e-6), name
-        assert metrics["n"] == len(rows) and "subset" not in metrics
+        five = [metrics[metric] for metric in ("giou", "ciou", "box_iou", "acc50", "n")]
+        assert five == pytest.approx([*expected(whole, rows), len(rows)], abs=1e-6), name
     assert 0 < whole.result["shapes val"]["ciou"] < 1 and metrics["box_iou"] > 0.1
 
 
@@ -402,7 +388,7 @@ def test_processes_and_batches_do_not_change_the_numbers(whole, tmp_path):
     flags = [*whole.flags, "--batch", 1, "--limit", 7]
     one, two = (evaluated(tmp_path, *flags, call=way) for way in (call, partial(in_two, call)))
     assert one == two and sorted(os.listdir(tmp_path)) == ["a.json", "a.jsonl"]
-    assert one[0]["val"]["subset"] == f" (subset, n = 7 of {len(whole.val)})"
+    assert one[0]["val"]["n"] == len(one[1]) == 7 < len(whole.val)
     by_id = {r["id"]: r for r in one[1]}
     both = [(r, by_id[r["id"]]) for r in whole.val if r["id"] in by_id]
     assert len(both) == 7 and all(r["completion"] == alone["completion"] for r, alone in both)
@@ -465,8 +451,7 @@ def test_errors_come_before_the_models_load(flags, words, world, tmp_path, monke
 
 def test_one_image(world, checkpoint, tmp_path, monkeypatch):
     """Not the models' size, nor square; drawn at three times the size. What is printed is what is
-    drawn. The two masks differ, and the box's lies in the box. Nothing is compiled for one image,
-    not even with --compile on."""
+    drawn. The two masks differ, and the box's lies in the box. It compiles nothing."""
     monkeypatch.setattr(evaluate, "decoding_cache", lambda *given: pytest.fail("it compiles"))
     record = data.read_records(world, ["shapes"], ["val"])[0]
     image, out, tints = tmp_path / "wide.png", tmp_path / "new/overlay.png", {}
@@ -474,8 +459,7 @@ def test_one_image(world, checkpoint, tmp_path, monkeypatch):
     before = np.array(Image.open(image).resize((450, 360))).astype(int)
     for way in "queries", "box":
         printed = call("evaluate.py", "--checkpoint", checkpoint, "--image", image, "--text",
-                       record["expressions"][0], "--output", out, "--sam-prompt", way,
-                       "--compile", "on")
+                       record["expressions"][0], "--output", out, "--sam-prompt", way)
         after = np.array(Image.open(out)).astype(int)
         assert after.shape == (360, 450, 3) and "<answer>" in printed and str(out) in printed
         area = 9 * int(printed.partition("mask: ")[2].partition(" ")[0])
@@ -549,8 +533,7 @@ def test_a_gallery_escapes_what_it_shows(tmp_path):
 
 
 def test_the_gallery_of_a_run(whole, tmp_path, monkeypatch):
-    """The rows of every split, each once, with their own image and ground truth. A row whose ground
-    truth is a box alone has no IoU to rank by."""
+    """The rows of every split, each once, with their own image and ground truth."""
     cases, draw = [], gallery.draw_figure
     monkeypatch.setattr(gallery, "draw_figure", lambda *case: cases.append(case) or draw(*case))
     page = tmp_path / "new/a.html"
@@ -558,8 +541,7 @@ def test_the_gallery_of_a_run(whole, tmp_path, monkeypatch):
     assert f"<h1>{whole.file}: {', '.join(SPLITS)}</h1>" in page.read_text()
     assert {r["split"] for _, r, _ in cases} == set(SPLITS)
     assert len({r["id"] for _, r, _ in cases}) == len(cases) == page.read_text().count("<figure")
-    expressions = [r["expression"] for _, r, _ in cases]
-    assert EVIL in expressions and "a box" not in expressions
+    assert {EVIL, "a box"} <= {r["expression"] for _, r, _ in cases}
     for _, r, item in cases:
         mask, _, box, _ = whole.truth[r["id"]]
         assert (item["id"], item["expression"]) == (r["id"], r["expression"]) and r in whole.rows
@@ -591,7 +573,7 @@ def test_cases_to_show():
     pick = lambda *given, **more: [(kind, r["intersection"])
                                    for kind, r in gallery.pick_cases(*given, **more)]
     mixed = [rows[i] for i in np.random.default_rng(0).permutation(20)]
-    cases = pick([*mixed, row(None, None)], number=3)
+    cases = pick(mixed, number=3)
     assert cases[:6] == [*(("best", i) for i in (19, 18, 17)), *(("worst", i) for i in (0, 1, 2))]
     assert len(set(cases)) == 9 and {kind for kind, _ in cases[6:]} == {"random"}
     assert pick(rows, number=3) == cases != pick(rows, number=3, seed=1)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import END, IMAGE, ROOT, SAM_SIDE, random_batch, random_sam, stored_samples
+from conftest import END, IMAGE, ROOT, SAM_SIDE, random_batch, random_sam
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -221,7 +221,7 @@ def two_steps(lens, batch, completions, args, precision, world, mesh):
             train_rl.generate(sampler, batch, positions, G, uniforms.shape[1], no_token,
                               lens.forbidden, uniforms)
             peaks["sampling"], seen.peak = seen.peak, 0
-            samples = stored_samples(completions, [[True] * G] * n)
+            samples = train_rl.Samples(completions, [[True] * G] * n)
             micro_batches = train_rl.make_micro_batches(lens, reference, batch, positions, samples,
                                                         [["no"] * G] * n, args)
             for micro in micro_batches:

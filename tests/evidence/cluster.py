@@ -255,7 +255,7 @@ def page():
         f"counts. AdamW moves 28 bytes per trained parameter of a shard. The slowest link of a "
         f"ring over two machines is the slower of PCIe and network. The paper's {STEPS:,} steps "
         f"are {OBJECTS:,} objects * {PAPER.epochs} epochs / {PAPER.batch}.",
-        f"With `--compile off` a token may take {EAGER * 1000:.0f} ms (assumed), so 200 tokens "
+        f"Without compiling a token may take {EAGER * 1000:.0f} ms (assumed), so 200 tokens "
         f"take {200 * EAGER:.0f} s. The update waits for the longest completion of all GPUs. So "
         f"where a few completions reach the limit, decoding lasts as long as in the rows of \"the "
         f"limits\".",

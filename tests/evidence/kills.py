@@ -75,11 +75,13 @@ def page(rows, seconds):
               "killed while writing"]
     return f"""# Killed and resumed
 
-Made by `python tests/evidence/kills.py`. A run of {STEPS} steps takes {seconds:.0f} s if nobody
-stops it. Here it was killed with `kill -9` {len(rows)} times and resumed each time.
+Made by `python tests/evidence/kills.py`. A run of {STEPS} steps took {seconds:.0f} s when nobody
+stopped it. Then it was killed with `kill -9` {len(rows)} times and started again each time.
 {sum(bool(row[-1]) for row in rows)} kills hit it while it wrote a checkpoint; the last column names
-that checkpoint. At the end all finished weights and all lines of metrics.jsonl were equal, bit for
-bit, to those of the undisturbed run. Only the times differ.
+that checkpoint. After {sum(bool(row[-2]) for row in rows)} of the kills there was a finished
+checkpoint, from which it went on; after the others it began anew. At the end all finished weights
+and all lines of metrics.jsonl were equal, bit for bit, to those of the undisturbed run. Only the
+times differ.
 
 {markdown_table(header, rows)}"""
 

@@ -49,7 +49,7 @@ def main():
     commands = {"clone": f"git clone -q {ROOT} .",
                 "environment and packages": setup.rstrip(" &"),
                 "both stages and evaluation": f". .venv/bin/activate && {begin}{job}",
-                "own image": f". .venv/bin/activate && python evaluate.py --checkpoint runs/tiny/rl "
+                "own image": ". .venv/bin/activate && python evaluate.py --checkpoint runs/tiny/rl "
                              f"--image mine.png --text '{TEXT}' --output overlay.png"}
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("PYTHON", "VIRTUAL", "OMP"))}
