@@ -27,9 +27,8 @@ from evaluate import draw_overlay
 
 def pick_cases(rows, number=8, seed=0):
     """-> list of (kind, row): the "best" and the "worst" by mask IoU, and "random" ones of the
-    rest. `number` of each, or a third each of a short list. Rows whose ground truth is a box alone
-    have no mask IoU and are left out."""
-    ranked = sorted((row for row in rows if row["union"] is not None), key=mask_iou, reverse=True)
+    rest. `number` of each, or a third each of a short list."""
+    ranked = sorted(rows, key=mask_iou, reverse=True)
     number = min(number, (len(ranked) + 2) // 3)
     best, rest = ranked[:number], ranked[number:]
     worst, rest = rest[-number:][::-1], rest[:-number]
