@@ -81,7 +81,7 @@ def align_step(lens, batch, completions, world, args):
     """Forward and backward of one micro-batch. Gradients add up over the micro-batches of a step.
     -> tensor (2,): the sums of the loss and of the mask IoU (at S/4)"""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.mask_pass)
-    with torch.no_grad():  # nothing before the queries is trained, and the MLLM is not sharded
+    with torch.no_grad():  # nothing before the queries is trained; `shard` left the MLLM whole
         prefilled = prefill(lens.mllm, batch, positions, completions)
     mask_logits = lens.align_forward(prefilled, lens.encode_images(batch["sam_pixels"]))
     gt, weights = batch["low_res_masks"], batch["low_res_weights"]
@@ -98,13 +98,13 @@ def main():
     folder, records, total = open_run(shared, args, rank, world)
     compute = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     lens, processor = build_lens(shared, args.init, compute)
-    frozen = set_trainable(lens, "align")
-    lens.sam.eval()  # matters to --mask-pass released alone, see Lens
+    frozen = set_trainable(lens, "align")  # the parameters that `shard` leaves whole
+    lens.sam.eval()  # only then may SAM replace an unstable mask (--mask-pass released)
     shard(lens, mesh, shared.precision, frozen, args.offload)
     trained = [p for p in lens.parameters() if p.requires_grad]
     optimizer = make_optimizer([{"params": trained, "peak_lr": args.lr}], args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    received = watch_signals()
+    received = watch_signals()  # the loader looks at it too: a signal ends a wait for data
     loader = training_batches(TrainingStream(records, shared.seed),
                               make_collator(shared, lens, processor), start, total, args.batch,
                               rank, world, shared.workers, device, received)
@@ -226,16 +226,17 @@ PROFILES = {"paper": {}, "released": dict(
     iou_power=2.0, deviation="sample", lambda_format=0.0)}  # these three are train_rl.py's alone
 
 
-# The settings that stage 2 takes over from stage 1
+# What a run takes over from the finished run that it starts from (--init); ARCHITECTURE names the
+# number of queries and the kind of the connector
 INHERITED = (*ARCHITECTURE, "profile", "mllm", "sam", "prompt", "mask_pass", "max_pixels")
 
 
 def parse_settings(classes, presets, description):
     """The command line -> one instance of each dataclass.
 
-    A flag wins over what an earlier run remembers, that over --profile, that over --preset, and
-    that over the default of the class. An unknown flag or a value out of range ends with the usage
-    and one line.
+    A flag wins over what an earlier run remembers, that over the defaults that --profile sets,
+    those over the ones of --preset, and those over the defaults of the class. An unknown flag or a
+    value out of range ends with the usage and one line.
     """
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     early = parser.parse_args()  # each parse sees the defaults set so far, the weakest first
@@ -258,7 +259,7 @@ def remembered_settings(flags):
         return json.loads(path.read_text()) if path.exists() else {}
     init = getattr(flags, "init", "")
     if init and (Path(init) / "lens.json").exists():
-        saved = read_run(init)  # it has no flags of stage 2; its profile supplies their defaults
+        saved = read_run(init)  # it lacks stage 2's flags: the profile of that run sets those
         return {**PROFILES[saved["profile"]], **{name: saved[name] for name in INHERITED}}
     return {}
 
@@ -446,7 +447,8 @@ class Metrics:
     def __init__(self, folder, start, total, rank):
         self.path, self.rank = folder / "metrics.jsonl", rank
         lines = self.path.read_text().splitlines()[:start] if self.path.exists() else []
-        self.rows = [json.loads(line) for line in lines]  # of the steps before `start`
+        # the steps before `start`; train_rl.py needs them on every rank
+        self.rows = [json.loads(line) for line in lines]
         dist.barrier()  # all have read what rank 0 now cuts
         if rank == 0:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))

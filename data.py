@@ -15,7 +15,7 @@ these are the inputs I and T of Eq. 1 and the ground truth M_gt of Eqs. 5 and 12
         ROOT/NAME/{train,val}.jsonl
         {"image": "a.jpg", "text": "the cup", "mask": "a.png", "box": [x1, y1, x2, y2]}
         text may be a list, mask may be COCO polygons or RLE; box may be left out
-    shapes, the laptop's world, in refcoco's layout
+    shapes, a small synthetic dataset to try things on a laptop, in refcoco's layout
         python tests/tiny/world.py ROOT writes it
 
 docs/data.md says where to download them and what is refused. `python tests/tools/check_data.py
@@ -69,7 +69,7 @@ def load_item(record, i):
     """A record with its expression i -> {"id", "expression", "image" (PIL, RGB), "gt_mask",
     "ignore_mask" (both (H, W) bool), "gt_box" (image frame)}. Raises LensError if a file is damaged
     or contradicts the rest."""
-    # a line of one's own does not say whether it means the image as stored or as viewers turn it
+    # own data without RLE: nothing says if it means the image as stored or as viewers turn it
     own = record["size"] is None and not isinstance(record["segmentation"], tuple)
     image = load_image(record["image"], record["size"], refuse_rotation=own)
     gt_mask, ignore_mask = load_masks(record, image.size[::-1])
@@ -532,7 +532,7 @@ class Collator:
                                 a piece of the image
     pixel_values                (patches of all images, values per patch), for the MLLM
     grid_thw                    (B, 3): each image's patches, as (1, height, width)
-    sam_pixels                  (B, 3, S, S)
+    sam_pixels                  (B, 3, S, S): the square image for SAM, S = sam_size
     low_res_masks               (B, S/4, S/4) float in [0, 1]: the ground truth, averaged down to
                                 the resolution of SAM's decoder
     low_res_weights             (B, S/4, S/4) float in [0, 1]: how much of a cell is not ignored
@@ -612,7 +612,7 @@ def select(batch, indices):
 
 
 def to_device(batch, device):
-    """Move what the models read. Token ids stay on the CPU, where rows are packed."""
+    """Move what the models read. Token ids stay on the CPU, where grpo.pack_groups reads them."""
     read = ("pixel_values", "grid_thw", "sam_pixels", "low_res_masks", "low_res_weights")
     return {**batch, **{name: batch[name].to(device, non_blocking=True) for name in read}}
 
@@ -666,7 +666,7 @@ def next_batch(iterator, received):
         if signalled:
             raise LensError(f"stopped by signal {received[0]} while waiting for a batch: go on "
                             "from the last checkpoint with --resume")
-        signalled = bool(received)
+        signalled = bool(received)  # a batch may be on its way: wait one POLL more
     raise RuntimeError(f"No batch for {PATIENCE} seconds.")
 
 

@@ -20,6 +20,7 @@ expression is one row and no row is left out: a completion without a box still h
 Departure from the released code: pixels that ReasonSeg labels "ignore" do not count. The released
 code counts them as background (`--ignore background`).
 
+A box is (x1, y1, x2, y2) in one of three frames: the MLLM's, SAM's or the image's own (data.py).
 Letters: B prompts, D SAM's width, S the side of SAM's square image, (H, W) an image's own size.
 """
 import json
@@ -57,6 +58,7 @@ def predict_both(batch, lens, stock_sam, tokenizer, max_completion, cache=None):
     one with the "box" as SAM's prompt. Where there is no box, the latter is empty.
     """
     batch = to_device(batch, lens.queries.device)
+    # outside training the MLLM decodes itself; in train_rl.py a copy of it does
     samples, texts, mask_logits, features = predict(lens, lens.mllm, batch, tokenizer,
                                                     max_completion, cache)
     texts = [text for [text] in texts]                                          # G is 1 here
@@ -94,9 +96,9 @@ def prompt_with_boxes(stock_sam, batch, boxes, features):
 def summarize(rows, draws=1000):
     """The metrics of n rows, which are dicts as `make_row` gives them.
 
-        giou      1/n sum_i I_i / (U_i + 1e-5)      where U_i = 0, both masks are empty: 1
+        giou      1/n sum_i I_i / (U_i + 1e-5)      a term is 1 where both masks are empty (U_i = 0)
         ciou      sum_i I_i / sum_i U_i
-        box_iou   1/n sum_i IoU(box_i, gt_box_i)
+        box_iou   1/n sum_i IoU(box_i, gt_box_i)    a term is 0 where there is no box
         acc50     1/n #{i: IoU(box_i, gt_box_i) > 0.5}
         format    1/n sum_i R_format(completion_i)
         n         the number of rows
@@ -307,7 +309,7 @@ def load_models(shared, args, device):
     lens, processor = build_lens(shared, args.checkpoint, dtype)
     lens.to(device).eval()
     stock_sam = SamHead(load_sam(shared.sam)).to(device).eval()
-    # for one image, compiling would take longer
+    # decoding in the cache is compiled; for one image that would take longer
     cache = None if args.image else decoding_cache(lens.mllm, shared, args.batch, device)
     collate = make_collator(shared, lens, processor)
     return partial(predict_both, lens=lens, stock_sam=stock_sam, tokenizer=processor.tokenizer,

@@ -1,5 +1,5 @@
 """GRPO as LENS trains with it: rewards become advantages (Eqs. 6-7), advantages become a loss
-(Eqs. 8-10).
+(Eqs. 8-10). LENS is the paper that README.md cites, and equation numbers are that paper's.
 
 This file imports torch alone, so you can copy it into any project. One training step is two calls:
 
@@ -11,8 +11,7 @@ A prompt is answered G times. The G sampled texts (completions) are its group, a
 has a reward. B prompts give N = B * G completions of at most T tokens.
 
 A policy is a language model, seen as a distribution over the next token. For every sampled token
-the loss needs its log-probability under three policies, each as a tensor (N, T);
-`token_log_probs` below computes them:
+the loss needs its log-probability under three policies, each as a tensor (N, T):
 
     log_probs       the policy that is being trained (pi)
     old_log_probs   the policy that sampled the tokens (pi_old)
@@ -33,9 +32,10 @@ is computed once and not G times.
 Departures from the paper
 - Eq. 8 is written with the probability of a whole completion. We take the ratio token by token, as
   the GRPO paper does.
-- We minimise -J. Eq. 12 as printed adds a loss to an objective that is maximised.
-- The paper says that Eq. 9 keeps the context queries (model.py) near their start. But it is a KL
-  between two policies over text, so we take it on the completion tokens.
+- We minimise -J, where J is the objective of Eq. 10. The paper's total objective (Eq. 12) as
+  printed adds the loss of the mask to J, although J is maximised.
+- The paper says that Eq. 9 keeps the context queries (learned vectors, see model.py) near their
+  start. But it is a KL between two policies over text, so we take it on the completion tokens.
 The released code divides by the sample standard deviation in Eq. 6 (here `correction=1`), and its
 ratio is always 1, so it never clips.
 """
@@ -118,8 +118,9 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     if ref_log_probs is None and beta != 0:
         raise ValueError("beta is not 0, so the KL needs ref_log_probs")
     mask = mask.bool()
-    # completion_mean keeps ignored entries out of the loss. But the backward through exp would
-    # multiply their gradient, 0, by NaN, and that is NaN. So replace them first.
+    # completion_mean keeps ignored entries out of the loss. But the backward through exp turns
+    # their zero gradient into NaN if any of the three tensors holds NaN there (0 * NaN). The
+    # backward of this masked_fill makes it 0 again.
     log_probs = log_probs.masked_fill(~mask, 0)
     old_log_probs = old_log_probs.detach()
     advantages = advantages.detach()[:, None]  # (N, 1)
@@ -159,13 +160,13 @@ class PackedGroups:
     query_places: torch.Tensor   # (N, M) flat index of every context query
     targets: torch.Tensor        # (tokens,) the tokens of all completions, one after another
     target_places: torch.Tensor  # (tokens,) flat index of the state that predicts each target
-    mask: torch.Tensor           # (N, T) bool: True where a padded table (N, T) holds a target;
-    #                              the `mask` of grpo_loss
+    mask: torch.Tensor           # (N, T) bool: True on the tokens of each completion, False on the
+    #                              padding after them; the `mask` of grpo_loss
     # the rest is for packed_attention
     P: int                         # the length of the longest prompt
     segment_places: torch.Tensor   # (N, T + M) flat index of every token and query; 0 for padding
     segment_mask: torch.Tensor     # (N, 1, T + M, P + T + M) bool: what each of them attends to
-    no_padding: torch.Tensor       # (segment tokens,) which of segment_places.flatten() are real
+    no_padding: torch.Tensor       # indices into segment_places.flatten(), all that are no padding
 
 
 def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
@@ -198,7 +199,7 @@ def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
             segment_places[n, :length] = places
             query_places[n] = places[tokens:]
             targets.append(completion)
-            # the last state of the prompt predicts the first token, that of each token the next
+            # the prompt's last state predicts the first token, each token's state the next one
             target_places += [end_of_prompt, places[:tokens - 1]]
             start += length
 
@@ -217,8 +218,8 @@ def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
 
 
 def segment_attention_mask(prompt_lengths, P, length):
-    """True where a token of a segment attends to a token of its prompt (the first P columns) or to
-    an earlier one of its own segment (the others). prompt_lengths (N,); length = T + M.
+    """True where a token of a segment attends to a token of its prompt (the first P columns), or to
+    itself or an earlier token of its own segment (the others). prompt_lengths (N,); length = T + M.
     -> (N, 1, length, P + length) bool"""
     N, device = len(prompt_lengths), prompt_lengths.device
     to_prompt = torch.arange(P, device=device) < prompt_lengths[:, None]  # (N, P)
@@ -270,7 +271,7 @@ def masked_attention(query, key, value, mask, scaling):
     rows = query.reshape(n, heads // shared, shared * length, d)
     mask = mask.repeat(1, 1, shared, 1) if shared > 1 else mask
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.view(n, heads, length, d)
+    return out.reshape(n, heads, length, d)
 
 
 # --- The log-probabilities of sampled tokens, without ever keeping all logits ---------------------

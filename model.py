@@ -24,8 +24,8 @@ Departures from the paper
 - Eq. 3's "shallow transformer" has four blocks, as in the released code. All M of its outputs go to
   SAM. The released code squeezes them into one (`--sam-tokens one`).
 - Positions are the MLLM's own (3-D M-RoPE: time, height, width) in every forward. The released code
-  falls back to 1-D positions in the forward that trains and draws the mask, and outside stage 2 it
-  lets SAM replace an unstable mask (`--mask-pass released`).
+  falls back to 1-D positions in the forward after sampling, which gives log-probabilities and
+  masks, and outside stage 2 it lets SAM replace an unstable mask (`--mask-pass released`).
 """
 import json
 import shutil
@@ -76,9 +76,10 @@ class Lens(nn.Module):
         self.connector = Connector(C, args.num_queries, D, args.connector, args.sam_tokens)
         self.register_buffer("forbidden", forbidden, persistent=False)
         self.M, self.eos, self.sam_size = args.num_queries, eos, sam.image_size
+        # prompt is a name, such as "paper"; it, eos, sam_size and opening are for the other files
         self.prompt, self.mask_pass, self.opening = args.prompt, args.mask_pass, opening
         self.in_bf16 = args.precision == "bf16"
-        # In eval mode, SAM then replaces an unstable single mask by the best of three other masks.
+        # With "released", SAM in eval mode replaces an unstable single mask by the best of three.
         self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.mask_pass == "released"
 
     @torch.no_grad()
@@ -100,8 +101,8 @@ class Lens(nn.Module):
         return group_forward(self, *inputs, **options)
 
     def align_forward(self, prefilled, features):
-        """Stage 1's forward, for B prompts with one completion each: Prefilled, and the feature
-        maps of their images. -> mask logits (B, S/4, S/4)"""
+        """Stage 1's forward. prefilled: what `prefill` returns for B prompts with their
+        completions; features: the feature maps of their images. -> mask logits (B, S/4, S/4)"""
         return self.masks(queries_after(self.mllm, prefilled, self.queries), features)
 
 
@@ -266,7 +267,8 @@ def prompt_positions(mllm, batch):
 
 
 def context_positions(positions, mask_pass):
-    """The positions of the forward that trains and draws the mask. "paper": the MLLM's own.
+    """The positions of the forward after sampling, which gives log-probabilities and masks.
+    "paper": the MLLM's own.
     "released": 0, 1, 2, ... on all three axes, which is what the released code falls back to.
     Sampling always uses the MLLM's own."""
     if mask_pass == "paper":
@@ -291,6 +293,7 @@ def group_forward(lens, pixel_values, grid_thw, packed, features, temperature=1.
     if with_log_probs:
         log_probs, entropy = token_log_probs(lens.mllm.lm_head, hidden[packed.target_places],
                                              packed.targets, lens.forbidden, temperature)
+        # from one value per completion token to a table (N, T)
         out["log_probs"] = completion_table(log_probs, packed.mask)
         out["entropy"] = completion_table(entropy, packed.mask)
     return out
@@ -314,7 +317,7 @@ def group_hidden(mllm, pixel_values, grid_thw, packed, queries=None):
 def lens_attention(module, query, key, value, attention_mask, packed=None, one_token=False,
                    scaling=None, **kwargs):
     """The attention function that transformers calls in every text layer, under the name "lens".
-    It hands `packed` and `one_token` on from the call of the language model.
+    transformers passes it `packed` and `one_token` from our calls of the language model.
     query (B, heads, L, d); key and value (B, key heads, L, d) -> (B, L, heads, d), None"""
     if packed is not None:
         return packed_attention(query, key, value, packed, scaling), None
@@ -326,7 +329,7 @@ def lens_attention(module, query, key, value, attention_mask, packed=None, one_t
 
 
 AttentionInterface.register("lens", lens_attention)
-AttentionMaskInterface.register("lens", sdpa_mask)  # for calls with neither of the two
+AttentionMaskInterface.register("lens", sdpa_mask)  # the mask of calls without those two
 
 
 def use_lens_attention(mllm):
@@ -349,7 +352,8 @@ class Prefilled:
 
 def prefill(mllm, batch, positions, completions=None):
     """Run B prompts through the MLLM once, each followed by its completion if `completions` are
-    given: B x (T_b,) on the CPU. positions: `prompt_positions` of the batch. -> Prefilled"""
+    given: B x (T_b,) on the CPU. positions: `prompt_positions` of the batch, or the
+    `context_positions` if queries will follow. -> Prefilled"""
     rows, row_positions = batch["prompt_ids"], positions
     if completions is not None:
         after = [position.max() + 1 + torch.arange(len(completion)).expand(3, -1)
@@ -376,7 +380,7 @@ def queries_after(mllm, prefilled, queries):
     -> query states (B, M, C)
 
     In stage 1 nothing before the queries is trained. So prompts and completions are read once,
-    without gradients, and only the queries are run with them. This uses `prefilled` up: its cache
+    without gradients, and only the queries run with gradients. This uses `prefilled` up: its cache
     holds the queries afterwards."""
     B, M = len(prefilled.hidden), len(queries)
     attention_mask = F.pad(prefilled.attention_mask, (0, M), value=1)
@@ -405,9 +409,9 @@ SAM_CONFIGS = {file: yaml for yaml, file in HF_MODEL_ID_TO_FILENAMES.values()}
 def build_lens(args, folder="", dtype=torch.float32):
     """-> Lens, processor
 
-    args: align.SharedArgs. folder: a finished run, whose context queries, connector and SAM are
-    loaded, and whose mllm/ and sam/, if it has them, take the place of --mllm and --sam, in `args`
-    as well. LensError for what is missing or does not fit.
+    args: align.SharedArgs. folder: a finished run, see `export`. Its queries, connector and SAM
+    head are loaded; its mllm/ and sam/ (a whole SAM), if there, take the place of --mllm and --sam,
+    in `args` too. LensError for what is missing or does not fit.
     """
     if folder:
         folder, saved = Path(folder), read_run(folder)

@@ -19,8 +19,9 @@ completions of one image and one expression (the text that says which object is 
     >>> unified_reward(r_format, r_box, r_seg)
     2.25
 
-Nothing here uses the model, and nothing needs a gradient. A completion can be any string, so the
-functions that read one take linear time and raise nothing.
+A box is (x1, y1, x2, y2) in pixels of some frame; the MLLM's frame and the image's own are
+explained in data.py. Nothing here uses the model, and nothing needs a gradient. A completion can be
+any string, so the functions that read one take linear time and raise nothing.
 
 Departures from the paper
 - The tags are <think>, as in Fig. 4. The paper's text says <thinking>.
@@ -28,7 +29,7 @@ Departures from the paper
   Table 5's ablation can switch each reward on its own.
 - The paper does not define the IoU of two empty masks. Here it is 1, as in the evaluation metrics.
 
-The released code differs
+The released code differs (in parentheses the flags of train_rl.py that do the same)
 - It squares both IoUs (--iou-power 2) and has no format reward on RefCOCO (--lambda-format 0).
 - Its prompts ask for a box only, or for a box after free reasoning (--prompt released,
   released-cot). It takes the first box anywhere in the text, even in the think block. find_box does
@@ -182,11 +183,12 @@ def _read_json(text):
         text,
         parse_int=float,  # an integer of 5,000 digits becomes inf, where int() would raise
         parse_constant=refuse,  # NaN, Infinity, -Infinity
-        object_pairs_hook=lambda pairs: dict(reversed(pairs)),  # the first of two equal keys counts
+        # of two equal keys the first counts, as of two objects; json alone would keep the last
+        object_pairs_hook=lambda pairs: dict(reversed(pairs)),
     )
 
 
-# At most nine digits on each side of the point, so every number is finite as a float.
+# At most nine digits before the point, so that every number is finite as a float
 NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
 COMMA = r"\s*,\s*"
 # "[x1, y1, x2, y2]" or "(x1,y1),(x2,y2)", with white space anywhere
@@ -208,7 +210,7 @@ def find_box(text, prompt="paper"):
 
 # --- The prompt (Fig. 4) and the answer block that it asks for ------------------------------------
 
-# Word for word; `question` is unquoted there too
+# Word for word from Fig. 4, where the word question (after "label":) is not quoted either
 SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and \
 provide its bounding box.
 

@@ -31,7 +31,7 @@ Departures from the paper
 - We sample and train with the same temperature and the same forbidden tokens, without top-p or
   top-k. The released code samples with temperature 0.9, top-p and top-k, but its loss assumes
   temperature 1. It also squares both IoUs (`--iou-power 2`), never clips, has no format reward on
-  RefCOCO, and loads SAM anew; here SAM's decoder goes on from where stage 1 left it.
+  RefCOCO.
 """
 import copy
 import math
@@ -81,7 +81,7 @@ def pick_tokens(logits, uniforms=None):
     if uniforms is None:
         return logits.argmax(-1)
     cdf = logits.softmax(-1).double().cumsum(-1)
-    total = cdf[:, -1:]  # not exactly 1, and rounding must not reach it, or no token is found
+    total = cdf[:, -1:]  # about 1; a target that is rounded up to it would find no token
     just_below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniforms[:, None] * total, just_below)
     # "right" never picks a token of probability 0
@@ -96,7 +96,8 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
     """Eq. 1: sample G completions for each of B prompts. Each prompt is read once, then all N
     completions are decoded as one batch. -> Samples
 
-    positions: model.prompt_positions; max_new: the longest completion; forbidden (V,) bool;
+    positions: model.prompt_positions, B x (3, P_b); max_new: the longest completion; forbidden
+    (V,) bool: tokens that are never sampled, see model.forbidden_tokens;
     uniforms (N, max_new) from `draw_uniforms`, None for greedy decoding; cache: a FixedCache to
     decode in, otherwise a GrowingCache is made.
     """
@@ -275,7 +276,7 @@ def vital_signs(out, micro):
     return {"reward": micro.reward.mean(), "reward_format": micro.r_format.mean(),
             "reward_box": micro.r_box.mean(), "reward_mask": micro.r_mask.mean(),
             "zero_variance": equal.float().mean(),
-            "entropy": (out["entropy"].sum(1) / lengths).mean(),
+            "entropy": (out["entropy"].sum(1) / lengths).mean(),  # it is 0 on padding
             "completion_length": lengths.float().mean(), "cut": (~micro.finished).float().mean()}
 
 
@@ -355,7 +356,7 @@ def load_models(shared, args, mesh, device):
     # "auto" is the dtype of the files. So the weights stay mapped to them until `shard` copies each
     # process's part, and the reference costs no further memory until then.
     lens, processor = build_lens(shared, "" if args.init == "none" else args.init, "auto")
-    frozen = set_trainable(lens.train(), "rl")
+    frozen = set_trainable(lens.train(), "rl")  # SAM's image encoder, which stays whole
     sampler = copy_mllm(lens.mllm, shared.precision, device)  # while the weights are whole
     reference = None
     if args.beta:
@@ -364,7 +365,7 @@ def load_models(shared, args, mesh, device):
         checkpoint_layers(lens.mllm)
     shard(lens, mesh, shared.precision, frozen, args.offload)
     if reference:
-        shard(reference, mesh, shared.precision, (), args.offload)
+        shard(reference, mesh, shared.precision, (), args.offload)  # all of it, to save memory
     return lens, reference, sampler, processor
 
 
@@ -489,7 +490,7 @@ def timing(micro_batches, samples, args, began, loaded, sampled, updated):
     new = sum(len(completion) for group in samples.completions for completion in group)
     trained = sum(micro.packed.ids.numel() for micro in micro_batches) * args.updates_per_batch
     tokens = torch.tensor([new, trained], dtype=torch.float64)
-    dist.all_reduce(tokens)
+    dist.all_reduce(tokens)  # on the CPU, by gloo
     row = {"speed_sampled": round(tokens[0].item() / max(sampled - loaded, 1e-9)),
            "speed_trained": round(tokens[1].item() / max(updated - sampled, 1e-9))}
     if torch.cuda.is_initialized():
@@ -577,7 +578,7 @@ class FixedCache:
         # the slot that is written next, as a tensor, so that a captured graph reads it anew
         self.slot = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.language_model, self.decode_step = mllm.model.language_model, decode_step
-        use_lens_attention(mllm)
+        use_lens_attention(mllm)  # it serves one_token, see step
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
             mode = "reduce-overhead" if weight.is_cuda else "default"
