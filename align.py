@@ -81,7 +81,8 @@ def align_step(lens, batch, completions, world, args):
     """Forward and backward of one micro-batch. Gradients add up over the micro-batches of a step.
     -> tensor (2,): the sums of the loss and of the mask IoU (at S/4)"""
     positions = context_positions(prompt_positions(lens.mllm, batch), lens.mask_pass)
-    with torch.no_grad():  # nothing before the queries is trained; `shard` left the MLLM whole
+    # nothing before the queries is trained, and the MLLM is not sharded: it may run by itself
+    with torch.no_grad():
         prefilled = prefill(lens.mllm, batch, positions, completions)
     mask_logits = lens.align_forward(prefilled, lens.encode_images(batch["sam_pixels"]))
     gt, weights = batch["low_res_masks"], batch["low_res_weights"]
@@ -99,12 +100,12 @@ def main():
     compute = torch.bfloat16 if shared.precision == "bf16" else torch.float32
     lens, processor = build_lens(shared, args.init, compute)
     frozen = set_trainable(lens, "align")  # the parameters that `shard` leaves whole
-    lens.sam.eval()  # only then may SAM replace an unstable mask (--mask-pass released)
+    lens.sam.eval()  # --mask-pass released: SAM replaces an unstable mask in eval mode only
     shard(lens, mesh, shared.precision, frozen, args.offload)
     trained = [p for p in lens.parameters() if p.requires_grad]
     optimizer = make_optimizer([{"params": trained, "peak_lr": args.lr}], args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    received = watch_signals()  # the loader looks at it too: a signal ends a wait for data
+    received = watch_signals()  # the loader looks at it too: a signal during a wait for data raises
     loader = training_batches(TrainingStream(records, shared.seed),
                               make_collator(shared, lens, processor), start, total, args.batch,
                               rank, world, shared.workers, device, received)
@@ -163,7 +164,7 @@ class SharedArgs:
         "paper", "prompt text: Fig. 4's, or the released code's without and with reasoning")
     mask_pass: Literal["paper", "released"] = flag(
         "paper", "how the mask is computed; released: 1-D positions, and outside stage 2 SAM may "
-                 "pick among four masks")
+                 "replace an unstable mask by the best of its others")
     data: str = flag("datasets", "folder that holds the datasets (docs/data.md)")
     datasets: list[str] = flag(["refcoco", "refcoco+", "refcocog"],
                                "names of the datasets to read; training mixes them")
@@ -226,17 +227,16 @@ PROFILES = {"paper": {}, "released": dict(
     iou_power=2.0, deviation="sample", lambda_format=0.0)}  # these three are train_rl.py's alone
 
 
-# What a run takes over from the finished run that it starts from (--init); ARCHITECTURE names the
-# number of queries and the kind of the connector
+# What a run takes over from the finished run that it starts from (--init); ARCHITECTURE names
+# num_queries, connector and sam_tokens
 INHERITED = (*ARCHITECTURE, "profile", "mllm", "sam", "prompt", "mask_pass", "max_pixels")
 
 
 def parse_settings(classes, presets, description):
     """The command line -> one instance of each dataclass.
 
-    A flag wins over what an earlier run remembers, that over the defaults that --profile sets,
-    those over the ones of --preset, and those over the defaults of the class. An unknown flag or a
-    value out of range ends with the usage and one line.
+    The strongest first: a flag, what an earlier run remembers, --profile, --preset, the default of
+    the class. An unknown flag or a value out of range ends with the usage and one line.
     """
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     early = parser.parse_args()  # each parse sees the defaults set so far, the weakest first
@@ -338,9 +338,10 @@ def watch_signals():
     """SIGTERM and SIGUSR1, which schedulers send as a warning, end the run after its current step,
     with a checkpoint. -> a list that is filled when one arrives
 
-    SIGTERM may go to torchrun, which passes it on, waits for 30 seconds and then kills. SIGUSR1
-    waits as long as a step takes, but must go to the training processes alone (pkill -USR1 -P
-    TORCHRUN_PID), since torchrun itself would die from it. Loader processes ignore both.
+    SIGTERM may go to torchrun, which passes it on, waits for 30 seconds and then kills. After
+    SIGUSR1 nothing kills the run, however long its step takes, but it must go to the training
+    processes alone (pkill -USR1 -P TORCHRUN_PID), since torchrun itself would die from it. Loader
+    processes ignore both.
     """
     received = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -402,7 +403,7 @@ def plan_steps(args, world, objects):
 
 
 def make_optimizer(groups, args, device):
-    """AdamW over [{"params", "peak_lr"}], without weight decay."""
+    """AdamW over [{"params", "peak_lr"}], without weight decay. apply_update sets each rate."""
     return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), weight_decay=0.0,
                              fused=device.type == "cuda" and not args.offload)
 

@@ -62,14 +62,15 @@ from rewards import box_iou, chat_messages
 #     "gt_box"        in the image frame, or None if it is the extent of the mask
 #     "segmentation"  COCO polygons, COCO RLE, path of a mask file, or ReasonSeg's tuple of
 #                     (label, points)
-#     "groups"        one tuple of names per expression; evaluation also counts these groups apart
+#     "groups"        one tuple of names per expression, such as ("part",), not GRPO's groups;
+#                     evaluation also reports the rows of each name apart
 
 
 def load_item(record, i):
     """A record with its expression i -> {"id", "expression", "image" (PIL, RGB), "gt_mask",
     "ignore_mask" (both (H, W) bool), "gt_box" (image frame)}. Raises LensError if a file is damaged
     or contradicts the rest."""
-    # own data without RLE: nothing says if it means the image as stored or as viewers turn it
+    # own polygons and mask files do not say if they mean the image as stored or as viewers turn it
     own = record["size"] is None and not isinstance(record["segmentation"], tuple)
     image = load_image(record["image"], record["size"], refuse_rotation=own)
     gt_mask, ignore_mask = load_masks(record, image.size[::-1])
@@ -254,11 +255,11 @@ DATASETS = {
     "refcoco": ("refer_seg/refcoco/refs(unc).p", ["train", "val", "testA", "testB"]),
     "refcoco+": ("refer_seg/refcoco+/refs(unc).p", ["train", "val", "testA", "testB"]),
     "refcocog": ("refer_seg/refcocog/refs(umd).p", ["train", "val", "test"]),
-    "refcocog-google": ("refer_seg/refcocog/refs(google).p", ["train", "val"]),  # share images
+    "refcocog-google": ("refer_seg/refcocog/refs(google).p", ["train", "val"]),  # they share images
     "shapes": ("refer_seg/shapes/refs(unc).p", ["train", "val", "testA", "testB"]),
     "reasonseg": ("reason_seg/ReasonSeg", ["train", "val", "test"]),
     "groundingsuite": ("GroundingSuite-Eval.jsonl", ["eval"])}
-CLASSES = {1: "stuff", 2: "part", 3: "multi", 4: "single"}       # GroundingSuite's, most likely
+CLASSES = {1: "stuff", 2: "part", 3: "multi", 4: "single"}       # GroundingSuite's; names guessed
 IMAGE_SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 
 
@@ -406,7 +407,8 @@ def list_of_expressions(text):
 
 
 def read_lines(root, dataset, splits):
-    """One json per line: GroundingSuite-Eval, whose boxes are loose, and folders of one's own."""
+    """One json per line: GroundingSuite-Eval, whose boxes are looser than the masks' extents,
+    and folders of one's own."""
     suite = dataset == "groundingsuite"
     if suite:                                   # it is never training data
         splits = ["eval"] if "eval" in splits else []
@@ -533,8 +535,8 @@ class Collator:
     pixel_values                (patches of all images, values per patch), for the MLLM
     grid_thw                    (B, 3): each image's patches, as (1, height, width)
     sam_pixels                  (B, 3, S, S): the square image for SAM, S = sam_size
-    low_res_masks               (B, S/4, S/4) float in [0, 1]: the ground truth, averaged down to
-                                the resolution of SAM's decoder
+    low_res_masks               (B, S/4, S/4) float in [0, 1]: the ground truth, averaged over the
+                                pixels of each cell of SAM's decoder that are not ignored
     low_res_weights             (B, S/4, S/4) float in [0, 1]: how much of a cell is not ignored
     gt_masks, ignore_masks      lists of B (H_b, W_b) bool, at the size of the images
     gt_boxes                    list of B, image frame

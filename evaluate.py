@@ -51,7 +51,7 @@ def predict_both(batch, lens, stock_sam, tokenizer, max_completion, cache=None):
     """Eqs. 1-4 for B prompts: a greedy completion, the box that it names, and two masks.
 
     batch: as data.Collator makes it. stock_sam: a SamHead that was never trained here. cache: for
-    B sequences, see train_rl.decoding_cache.
+    B sequences or more, see train_rl.decoding_cache.
 
     -> list of B {"completion" (its text), "box" (image frame, or None), "format" (R_format, 0.0 or
     1.0), "masks"}. The masks are (H, W) bool at the image's own size, one with the "queries" and
@@ -81,13 +81,15 @@ def predict_both(batch, lens, stock_sam, tokenizer, max_completion, cache=None):
 
 
 def prompt_with_boxes(stock_sam, batch, boxes, features):
-    """The way of Seg-Zero: B predicted boxes (MLLM frame) prompt an untouched SAM 2. -> mask logits
+    """The way of Seg-Zero: B predicted boxes (MLLM frame) prompt an untouched SAM 2. features: from
+    SAM's image encoder, which is never trained, so that of lens serves here too. -> mask logits
     (B, S/4, S/4), which mean nothing where a box is None"""
     S = batch["sam_pixels"].shape[-1]
     boxes = [rescale_box(box or (0, 0, 0, 0), frame, (S, S))
              for box, frame in zip(boxes, batch["mllm_frames"])]
     boxes = torch.tensor(boxes, device=features[0].device)                      # (B, 4), SAM frame
-    prompts = stock_sam.box_prompts(boxes)[:, None]                             # (B, 1, 3, D)
+    # (B, 1, 3, D): one prompt per image, of two corners and SAM's padding point
+    prompts = stock_sam.box_prompts(boxes)[:, None]
     return stock_sam(features, prompts)
 
 
@@ -209,7 +211,8 @@ def make_row(batch, b, prediction, args):
 
 
 def summarize_split(split, rows):
-    """-> {name: metrics} of a split, then of each group that its rows belong to."""
+    """-> {name: metrics} of a split, then of each group that its rows belong to: a named subset,
+    such as GroundingSuite's "part", in the order of row["groups"]."""
     results = {split.name: summarize(rows)}
     groups = {(place, name) for row in rows for place, name in enumerate(row["groups"])}
     for _, name in sorted(groups):

@@ -26,14 +26,15 @@ about 0, and it rises by beta times the KL, a penalty for moving away from pi_re
 gradient is not zero, and the gradient is what learns: it makes every token of a completion more
 likely if the advantage is positive, and less likely if it is negative. Watch the rewards instead.
 
-The last section is about speed: it lays a whole group out as one row of tokens, so that the prompt
-is computed once and not G times.
+Two more sections follow the loss. One saves time: it lays a whole group out as one row of tokens,
+so that the prompt is computed once and not G times. The other saves memory: it computes
+log-probabilities without ever keeping all logits.
 
 Departures from the paper
 - Eq. 8 is written with the probability of a whole completion. We take the ratio token by token, as
   the GRPO paper does.
 - We minimise -J, where J is the objective of Eq. 10. The paper's total objective (Eq. 12) as
-  printed adds the loss of the mask to J, although J is maximised.
+  printed adds the loss of the segmentation mask to J, although J is maximised.
 - The paper says that Eq. 9 keeps the context queries (learned vectors, see model.py) near their
   start. But it is a KL between two policies over text, so we take it on the completion tokens.
 The released code divides by the sample standard deviation in Eq. 6 (here `correction=1`), and its
@@ -144,13 +145,18 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
 #     [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
 #
 # The context queries are M learned vectors that stand behind every completion (model.py). With
-# M = 0 this is a packed row for GRPO on any language model; if its positions have one axis, give
-# them three times. A completion together with its queries is called a segment. Two things make the
-# row equal to G separate rows: every segment attends to the prompt and to itself only, and its
-# positions continue from the end of the prompt, as if the other segments were not there.
+# M = 0 this is a packed row for GRPO on any language model. Positions have three axes (time, y,
+# x), as in Qwen's vision-language models; if a model's have one, repeat them three times. A
+# completion together with its queries is called a segment. Two things make the row equal to G
+# separate rows: every segment attends to the prompt and to itself only, and its positions continue
+# from the end of the prompt, as if the other segments were not there.
 #
 # B groups are B rows, padded to one length L. Token l of row b has the flat index b * L + l. Names
-# that end in `places` hold flat indices.
+# that end in `places` hold flat indices. From the states (B, L, C) of packed rows to `grpo_loss`:
+#
+#     hidden = states.flatten(0, 1)[packed.target_places]                    # (tokens, C)
+#     log_probs, _ = token_log_probs(lm_head, hidden, packed.targets, forbidden)
+#     log_probs = completion_table(log_probs, packed.mask)                   # (N, T)
 
 @dataclass
 class PackedGroups:
@@ -173,7 +179,7 @@ def pack_groups(prompt_ids, positions, completions, M, device="cpu"):
     """Lay B groups out as B packed rows on `device`. -> PackedGroups
 
     prompt_ids: B x (P_b,); positions: B x (3, P_b), those of the prompt tokens; completions:
-    B x G x (T_i,). All three hold integer tensors on the CPU. M: context queries per completion.
+    B x G x (T_i,) with T_i >= 1. All hold integer tensors on the CPU. M: queries per completion.
     """
     B, G = len(prompt_ids), len(completions[0])
     P = max(len(ids) for ids in prompt_ids)

@@ -9,7 +9,8 @@ In words: the MLLM reads the image I and the expression T under the system promp
 completion, which is a reasoning (P_CoT) and a box (P_box). Then M learned vectors Q, the context
 queries, follow the completion as if they were M more tokens. They attend to the image, the prompt,
 the reasoning and the box, and the MLLM's last hidden states at their places (Q', the query states)
-say what they found. The connector turns these into prompts for SAM 2, which draws the mask.
+say what they found. The connector turns these into prompts for SAM 2, which draws the mask. Stage 1
+(align.py) trains Q and the connector, stage 2 (train_rl.py) everything but SAM's image encoder.
 
 Read `forward_one` first. For one given completion it computes Eqs. 2-4 and the log-probabilities of
 its tokens, and nothing else. The section "The same numbers, faster" gives the same for whole
@@ -79,7 +80,8 @@ class Lens(nn.Module):
         # prompt is a name, such as "paper"; it, eos, sam_size and opening are for the other files
         self.prompt, self.mask_pass, self.opening = args.prompt, args.mask_pass, opening
         self.in_bf16 = args.precision == "bf16"
-        # With "released", SAM in eval mode replaces an unstable single mask by the best of three.
+        # With "released", SAM replaces an unstable mask by the best of three others, but only in
+        # eval mode: in stage 1 and in evaluation, not in stage 2.
         self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.mask_pass == "released"
 
     @torch.no_grad()
@@ -119,7 +121,8 @@ def forward_one(lens, batch, completion, temperature=1.0):
     [prompt] = batch["prompt_ids"]
     P, T = len(prompt), len(completion)
 
-    # the input: the prompt with its image, the completion, and Q after it
+    # the input: the prompt with its image, the completion, and Q after it. The zeros hold Q's
+    # places, since what `embed` returns for Qwen3-VL must be as long as the input.
     ids = torch.cat([prompt, completion, completion.new_zeros(M)])[None]         # (1, P + T + M)
     inputs = embed(mllm, ids, batch["pixel_values"], batch["grid_thw"])
     tokens = inputs["inputs_embeds"][:, :P + T]                                  # (1, P + T, C)
@@ -293,7 +296,7 @@ def group_forward(lens, pixel_values, grid_thw, packed, features, temperature=1.
     if with_log_probs:
         log_probs, entropy = token_log_probs(lens.mllm.lm_head, hidden[packed.target_places],
                                              packed.targets, lens.forbidden, temperature)
-        # from one value per completion token to a table (N, T)
+        # from one value per target, which are all completion tokens, to a table (N, T)
         out["log_probs"] = completion_table(log_probs, packed.mask)
         out["entropy"] = completion_table(entropy, packed.mask)
     return out
@@ -329,7 +332,7 @@ def lens_attention(module, query, key, value, attention_mask, packed=None, one_t
 
 
 AttentionInterface.register("lens", lens_attention)
-AttentionMaskInterface.register("lens", sdpa_mask)  # the mask of calls without those two
+AttentionMaskInterface.register("lens", sdpa_mask)  # for calls with neither packed nor one_token
 
 
 def use_lens_attention(mllm):
@@ -644,8 +647,8 @@ def full_state(module):
 
 def export(folder, lens, shared, mllm=None, processor=None):
     """Write a finished run: context.safetensors, sam.safetensors, lens.json (the shared settings)
-    and, if the MLLM was trained, mllm/ from its unsharded copy, which transformers and vLLM load as
-    it is. Every rank calls this.
+    and, if the MLLM was trained, mllm/ from the argument mllm, an unsharded copy of it, which
+    transformers and vLLM load as it is. Every rank calls this.
 
     Everything is written into a temporary folder and then moved, lens.json last. So a folder with a
     lens.json is complete. An MLLM or a SAM that lies in another run's folder is copied along.

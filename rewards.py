@@ -35,6 +35,7 @@ The released code differs (in parentheses the flags of train_rl.py that do the s
   released-cot). It takes the first box anywhere in the text, even in the think block. find_box does
   the same for these two prompts.
 - It misses a box with a space before a comma, and some inverted boxes make it divide by zero.
+  Nothing here copies these two faults.
 """
 import json
 import math
@@ -210,7 +211,8 @@ def find_box(text, prompt="paper"):
 
 # --- The prompt (Fig. 4) and the answer block that it asks for ------------------------------------
 
-# Word for word from Fig. 4, where the word question (after "label":) is not quoted either
+# Word for word from Fig. 4. The word question after "label": is no placeholder: only {object} is
+# replaced.
 SYSTEM_PROMPT = '''You are a helpful assistant. Find the object that best matches "{object}" and \
 provide its bounding box.
 
@@ -257,7 +259,7 @@ def chat_messages(expression, prompt="paper"):
 
 def answer_text(box, label, reasoning=None, prompt="paper"):
     """What a completion should say about `box`, which is given in the MLLM frame (see data.py) and
-    is rounded.
+    is rounded. `label` is the expression.
 
     Without `reasoning` it is the answer block alone. Stage 1 (align.py) gives that to the MLLM in
     the place of a sampled completion. With `reasoning` a think block stands before it. For a

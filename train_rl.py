@@ -102,7 +102,7 @@ def generate(mllm, batch, positions, G, max_new, eos, forbidden, uniforms=None, 
     decode in, otherwise a GrowingCache is made.
     """
     training = mllm.training
-    mllm.eval()  # in training mode, gradient checkpointing would drop the cache
+    mllm.eval()  # in training mode, a model that recomputes its layers would drop the cache
     prompts = prefill(mllm, batch, positions)
     hidden = prompts.hidden.repeat_interleave(G, 0)                # (N, C)
     next_position = prompts.next_position.repeat_interleave(G, 0)  # (N,)
@@ -167,7 +167,8 @@ def completion_texts(lens, samples, tokenizer):
 
 
 def text_rewards(texts, finished, batch, power, prompt="paper"):
-    """R_format and R_box of B groups of G texts -> two tensors (B, G). power: --iou-power.
+    """R_format and R_box of B groups of G texts -> two tensors (B, G). power: --iou-power;
+    prompt: --prompt.
 
     A completion that was cut has no end token, so its R_format is 0; its box still counts. The
     model names its box in the MLLM frame (data.mllm_frame). The IoU is taken in the image frame.
@@ -177,6 +178,7 @@ def text_rewards(texts, finished, batch, power, prompt="paper"):
         height, width = batch["gt_masks"][b].shape
         r_format.append([format_reward(text) * ended for text, ended in zip(group, finished[b])])
         boxes = [find_box(text, prompt) for text in group]
+        # without a box (None) the IoU is 0
         boxes = [box and rescale_box(box, batch["mllm_frames"][b], (width, height))
                  for box in boxes]
         r_box.append([box_iou(box, batch["gt_boxes"][b]) ** power for box in boxes])
@@ -239,7 +241,7 @@ def make_micro_batches(lens, reference, batch, positions, samples, texts, args):
 
 def score(out, micro, args):
     """Fill in the second half of a MicroBatch: rewards and advantages, from the policy's first
-    forward, `out`."""
+    forward. out: what model.group_forward returns."""
     micro.old_log_probs = out["log_probs"].detach()
     micro.r_mask = mask_rewards(out["mask_logits"].detach(), micro.batch, args.iou_power)
     lambdas = (args.lambda_format, args.lambda_box, args.lambda_mask)
@@ -328,8 +330,8 @@ def copy_mllm(mllm, precision, device="cpu"):
 
 @torch.no_grad()
 def refresh(sampler, lens):
-    """sampler <- the policy's weights, in place. Every rank must call this in every step, or some
-    ranks would sample from an old model."""
+    """sampler <- the policy's weights, in place. Every rank must call this in every step: it
+    gathers the shards of all."""
     for target, parameter in zip(sampler.parameters(), lens.mllm.parameters()):
         target.copy_(parameter.to(target.dtype).full_tensor())
 
@@ -411,10 +413,10 @@ class RLArgs(TrainArgs):
                             "above 0")
 
 
-# alpha is 0.1, since the completions should follow the rewards more than L_seg. The context module
-# and SAM hardly notice: L_seg is their only loss, and Adam divides the factor out. lr_context and
-# lr_sam are low: at first many completions name the wrong object, and the mask loss of those
-# teaches the queries to guess.
+# In the tiny preset alpha is 0.1, since the completions should follow the rewards more than L_seg.
+# The context module and SAM hardly notice: L_seg is their only loss, and Adam divides the factor
+# out. lr_context and lr_sam are low: at first many completions name the wrong object, and the mask
+# loss of those teaches the queries to guess.
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=12,
                         micro_batch=6, steps=140, lr=2.5e-4, lr_context=3e-5, lr_sam=1e-5,
                         alpha=0.1, warmup=10, adam_beta2=0.99, save_every=50,
@@ -438,7 +440,7 @@ def main():
     numbers = range(rank * share, (rank + 1) * share)  # of this rank's prompts in the batch
     cache = decoding_cache(sampler, shared, share * args.group_size, device)
     metrics = Metrics(folder, start, total, rank)
-    best = max((row.get("val_giou", -1) for row in metrics.rows), default=-1)  # if it is resumed
+    best = max((row.get("val_giou", -1) for row in metrics.rows), default=-1)  # all ranks read them
     began = time.time()
     for step, batch in enumerate(loader, start):
         loaded = time.time()
@@ -471,6 +473,7 @@ def main():
                 export(folder / "best", lens, shared, sampler, processor)
         row["seconds"] = round(time.time() - began, 3)
         began = time.time()  # writing and saving count as the next step's loading
+        # with the numbers beside the progress bar
         metrics.write(row, ("reward", "reward_format", "reward_box", "reward_mask"))
         if step % 10 == 0:
             metrics.say(f"step {step + 1}: reward {means['reward']:.3f} = format "
@@ -578,7 +581,7 @@ class FixedCache:
         # the slot that is written next, as a tensor, so that a captured graph reads it anew
         self.slot = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.language_model, self.decode_step = mllm.model.language_model, decode_step
-        use_lens_attention(mllm)  # it serves one_token, see step
+        use_lens_attention(mllm)  # it takes the option one_token and the mask that `step` passes
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
             mode = "reduce-overhead" if weight.is_cuda else "default"
