@@ -100,8 +100,8 @@ def lens():
 def float64(monkeypatch):
     """-> a function that casts a module to float64, in which sums in another order agree to 1e-10.
 
-    Hugging Face's norms and rotary embeddings would still compute in float32, so here float64 stays
-    float64. sam2's position encoding is the same in any order, and stays float32."""
+    Hugging Face's norms would still compute in float32, so here float64 stays float64. Position
+    encodings are the same in any order, and stay float32."""
     convert = torch.Tensor.to
 
     def stay(x, *args, **options):
@@ -113,6 +113,8 @@ def float64(monkeypatch):
             if isinstance(part, PositionEmbeddingRandom):
                 part.positional_encoding_gaussian_matrix = convert(
                     part.positional_encoding_gaussian_matrix, torch.float32)
+            if hasattr(part, "inv_freq"):  # of rotary embeddings: the same in any order, too
+                part.inv_freq = convert(part.inv_freq, torch.float32)
         return module
     monkeypatch.setattr(torch.Tensor, "to", stay)
     monkeypatch.setattr(torch.Tensor, "float", lambda x: stay(x, torch.float32))

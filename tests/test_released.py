@@ -240,7 +240,8 @@ def test_an_ordinary_run_folder(tmp_path):
             if name.startswith(("model.", "visual.", "lm_head.")):
                 tensors[name] = tensors[name].bfloat16()
     mllm, sam, tensors = write_released(tmp_path / "LENS", change=halve)
-    (tmp_path / "LENS/generation_config.json").write_text('{"eos_token_id": 2, "top_k": 3}')
+    generation = {"eos_token_id": 2, "do_sample": True, "top_k": 3}
+    (tmp_path / "LENS/generation_config.json").write_text(json.dumps(generation))
     run = tmp_path / "run"
     (tmp_path / "run.tmp/sam").mkdir(parents=True)                   # of a call that was killed
     convert(tmp_path / "LENS", run, prompt="released-cot")
