@@ -105,7 +105,7 @@ def main():
     trained = [p for p in lens.parameters() if p.requires_grad]
     optimizer = make_optimizer([{"params": trained, "peak_lr": args.lr}], args, device)
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
-    received = watch_signals()  # the loader looks at it too: a signal during a wait for data raises
+    received = watch_signals()  # the loader looks at it too, see watch_signals
     loader = training_batches(TrainingStream(records, shared.seed),
                               make_collator(shared, lens, processor), start, total, args.batch,
                               rank, world, shared.workers, device, received)
@@ -258,7 +258,7 @@ def remembered_settings(flags):
         path = Path(flags.output) / "settings.json"
         return json.loads(path.read_text()) if path.exists() else {}
     init = getattr(flags, "init", "")
-    if init and (Path(init) / "lens.json").exists():
+    if init and (Path(init) / "lens.json").exists():  # without it, build_lens refuses the folder
         saved = read_run(init)  # it lacks stage 2's flags: the profile of that run sets those
         return {**PROFILES[saved["profile"]], **{name: saved[name] for name in INHERITED}}
     return {}
@@ -336,7 +336,8 @@ def start_processes(shared, kind="full"):
 
 def watch_signals():
     """SIGTERM and SIGUSR1, which schedulers send as a warning, end the run after its current step,
-    with a checkpoint. -> a list that is filled when one arrives
+    with a checkpoint; while it waits for data, at once and without one. -> a list that is filled
+    when one arrives
 
     SIGTERM may go to torchrun, which passes it on, waits for 30 seconds and then kills. After
     SIGUSR1 nothing kills the run, however long its step takes, but it must go to the training

@@ -167,7 +167,8 @@ def read_mask_file(path):
 
 
 def decode_mask(segmentation, size):
-    """COCO polygons (their union) or RLE, compressed or not -> (H, W) bool."""
+    """COCO polygons (their union) or RLE, compressed or not -> (H, W) bool. No polygon, or empty
+    counts, is an empty mask."""
     if isinstance(segmentation, list):
         if any(np.ndim(polygon) != 1 for polygon in segmentation):
             raise ValueError("polygons are a list of lists: [[x, y, x, y, ...], ...]")
@@ -255,7 +256,8 @@ DATASETS = {
     "refcoco": ("refer_seg/refcoco/refs(unc).p", ["train", "val", "testA", "testB"]),
     "refcoco+": ("refer_seg/refcoco+/refs(unc).p", ["train", "val", "testA", "testB"]),
     "refcocog": ("refer_seg/refcocog/refs(umd).p", ["train", "val", "test"]),
-    "refcocog-google": ("refer_seg/refcocog/refs(google).p", ["train", "val"]),  # they share images
+    # its train and val share images
+    "refcocog-google": ("refer_seg/refcocog/refs(google).p", ["train", "val"]),
     "shapes": ("refer_seg/shapes/refs(unc).p", ["train", "val", "testA", "testB"]),
     "reasonseg": ("reason_seg/ReasonSeg", ["train", "val", "test"]),
     "groundingsuite": ("GroundingSuite-Eval.jsonl", ["eval"])}
@@ -641,8 +643,9 @@ LOADER_HELP = ("The processes that load images (--workers) died, cannot send the
 def load_batches(rows, batches, collate, workers, device, received=()):
     """-> iterator of a batch for each list of indices in `batches`, loaded by `workers` processes.
 
-    Raises LensError if the processes die or send nothing for PATIENCE seconds, and within two POLLs
-    of a signal: `received` is a list that a signal handler fills (align.watch_signals)."""
+    Raises LensError if the processes die, or send nothing for PATIENCE seconds, or for two POLLs
+    once a signal has come. `received` is a list that a signal handler fills, see
+    align.watch_signals."""
     loader = DataLoader(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                         worker_init_fn=prepare_worker, timeout=POLL if workers else 0,
                         pin_memory=device.type == "cuda")

@@ -2,10 +2,8 @@
 
     python tests/tiny/world.py runs/shapes                           # once: draws the images
     python evaluate.py --preset tiny --checkpoint runs/tiny/rl       # a table, in under a minute
-    torchrun --nproc_per_node=8 evaluate.py --checkpoint runs/rl --splits all --json results.json \\
-        --predictions rows.jsonl                                     # all benchmarks, on 8 GPUs
-    python evaluate.py --preset tiny --checkpoint runs/tiny/rl --image docs/shapes.png \\
-        --text "the largest red circle" --output overlay.png         # one image
+    torchrun --nproc_per_node=8 evaluate.py --checkpoint runs/rl --splits all   # all benchmarks
+    python evaluate.py --checkpoint runs/tiny/rl --image docs/shapes.png --text "the red circle"
     python tests/tools/gallery.py rows.jsonl gallery.html --data datasets    # see the predictions
 
 `predict_both` is the method as it is used: Eqs. 1-4, then a mask at the image's own size. Each mask
@@ -186,6 +184,7 @@ def evaluate_split(split, predict_batch, collate, shared, args, rank, world, dev
         for b, prediction in enumerate(predict_batch(batch)):
             own_rows.append(make_row(batch, b, prediction, args))
     dist.all_gather_object(all_rows, own_rows)
+    # row k is expression i of an object (record)
     rows = [all_rows[k % world][k // world] for k in range(len(split.rows))]
     for row, (record, i) in zip(rows, split.rows.rows):
         row.update(split=split.full_name, groups=record["groups"][i])

@@ -152,7 +152,9 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
 # from the end of the prompt, as if the other segments were not there.
 #
 # B groups are B rows, padded to one length L. Token l of row b has the flat index b * L + l. Names
-# that end in `places` hold flat indices. From the states (B, L, C) of packed rows to `grpo_loss`:
+# that end in `places` hold flat indices. To get the states (B, L, C), run the model on packed.ids
+# and packed.positions, with the queries written into the embeddings at packed.query_places, and
+# with packed_attention in every layer (model.py does this). From there to `grpo_loss`:
 #
 #     hidden = states.flatten(0, 1)[packed.target_places]                    # (tokens, C)
 #     log_probs, _ = token_log_probs(lm_head, hidden, packed.targets, forbidden)

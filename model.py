@@ -81,7 +81,7 @@ class Lens(nn.Module):
         self.prompt, self.mask_pass, self.opening = args.prompt, args.mask_pass, opening
         self.in_bf16 = args.precision == "bf16"
         # With "released", SAM replaces an unstable mask by the best of three others, but only in
-        # eval mode: in stage 1 and in evaluation, not in stage 2.
+        # eval mode: in evaluation and in stage 1, which trains nothing in SAM; not in stage 2.
         self.sam.sam_mask_decoder.dynamic_multimask_via_stability = args.mask_pass == "released"
 
     @torch.no_grad()
@@ -290,6 +290,7 @@ def group_forward(lens, pixel_values, grid_thw, packed, features, temperature=1.
     Lens.encode_images of the B images. -> {"query_states" (N, M, C), "mask_logits" (N, S/4, S/4)}
     and, with_log_probs, {"log_probs" (N, T), "entropy" (N, T)}, 0 after a completion's end
     """
+    # (B * L, C); the places in `packed` are indices into it
     hidden = group_hidden(lens.mllm, pixel_values, grid_thw, packed, lens.queries)
     query_states = hidden[packed.query_places]                                   # (N, M, C)
     out = {"query_states": query_states, "mask_logits": lens.masks(query_states, features)}

@@ -79,8 +79,8 @@ def box_iou(box, truth):
     [0, 1].
 
     It is 0.0 if a box is None, inverted, empty or not finite. Without this rule, the inverted box
-    [300, 150, 100, 350] would have the area -40000, and its IoU with [100, 150, 300, 350] would be
-    a division by 0. Raises nothing."""
+    [300, 150, 100, 350] would have the area -40000. With [100, 150, 300, 350], of area 40000, its
+    intersection is empty, so the IoU would be 0 / 0. Raises nothing."""
     if box is None or truth is None or not all(math.isfinite(v) for v in (*box, *truth)):
         return 0.0
     # Halving all coordinates does not change the IoU, and keeps the differences from overflowing.

@@ -320,7 +320,7 @@ def parameter_groups(lens, args):
 
 def copy_mllm(mllm, precision, device="cpu"):
     """The sampler: an unsharded, frozen copy in the precision that computes. Parameters are cast
-    one by one, so that no second fp32 model ever exists. Buffers keep theirs, see load_mllm."""
+    one by one, so that no second whole model in fp32 exists. Buffers keep theirs, see load_mllm."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     memo = {id(p): nn.Parameter(p.detach().to(device, dtype, copy=True), requires_grad=False)
             for p in mllm.parameters()}
@@ -356,12 +356,12 @@ class Reference(nn.Module):
 def load_models(shared, args, mesh, device):
     """-> policy and reference (None without a KL term), both sharded; sampler; processor"""
     # "auto" is the dtype of the files. So the weights stay mapped to them until `shard` copies each
-    # process's part, and the reference costs no further memory until then.
+    # process's part (in fp32 where it trains), and the reference costs no memory until then.
     lens, processor = build_lens(shared, "" if args.init == "none" else args.init, "auto")
     frozen = set_trainable(lens.train(), "rl")  # SAM's image encoder, which stays whole
     sampler = copy_mllm(lens.mllm, shared.precision, device)  # while the weights are whole
     reference = None
-    if args.beta:
+    if args.beta:  # build_lens has set shared.mllm to the files that the policy starts from
         reference = Reference(load_mllm(shared.mllm, "auto")[0], lens.forbidden)
     if args.gradient_checkpointing:
         checkpoint_layers(lens.mllm)
@@ -433,7 +433,7 @@ def main():
     start = load_checkpoint(folder, lens, optimizer) if args.resume else 0
     refresh(sampler, lens)  # a checkpoint has changed the policy
     collate = make_collator(shared, lens, processor)
-    received = watch_signals()
+    received = watch_signals()  # stop signals so far; the loader looks at them while it waits
     loader = training_batches(TrainingStream(records, shared.seed), collate, start, total,
                               args.batch, rank, world, shared.workers, device, received)
     share = args.batch // world
@@ -473,7 +473,7 @@ def main():
                 export(folder / "best", lens, shared, sampler, processor)
         row["seconds"] = round(time.time() - began, 3)
         began = time.time()  # writing and saving count as the next step's loading
-        # with the numbers beside the progress bar
+        # the progress bar shows these four
         metrics.write(row, ("reward", "reward_format", "reward_box", "reward_mask"))
         if step % 10 == 0:
             metrics.say(f"step {step + 1}: reward {means['reward']:.3f} = format "
@@ -591,7 +591,7 @@ class FixedCache:
         """As GrowingCache.begin."""
         B, P = prompts.attention_mask.shape
         first = math.ceil(P / 512) * 512  # the slot of the first completion token
-        # from now on the layers are views (B * G, key heads, length, d) of the memory
+        # from now on the layers are views (B * G, key heads, first + room, d) of the memory
         self.layers = [tuple(layer[:, :B * G, :, :first + self.room]) for layer in self.memory]
         for (keys, values), layer in zip(self.layers, prompts.cache.layers):
             for tensor in (keys, values):  # else a CUDA graph would copy it at every step
@@ -600,7 +600,7 @@ class FixedCache:
             values[:, :, first - P:first] = layer.values.repeat_interleave(G, 0)
         self.slot.fill_(first - 1)
         mask = F.pad(prompts.attention_mask.bool(), (first - P, self.room))
-        self.mask = mask.repeat_interleave(G, 0)[:, None, None]  # (B * G, 1, 1, length)
+        self.mask = mask.repeat_interleave(G, 0)[:, None, None]  # (B * G, 1, 1, first + room)
 
     def update(self, key, value, layer, *args, **kwargs):
         """What each layer of the language model calls with the new token's key and value."""
