@@ -18,7 +18,7 @@ the loss needs its log-probability under three policies, each as a tensor (N, T)
     ref_log_probs   the policy from which this training started (pi_ref)
 
 mask (N, T) is True on the tokens of a completion, its end token included, and False on the padding
-behind them.
+after them.
 
 Do not look for progress in the loss. With one update per batch of samples (the default), pi equals
 pi_old when the loss is computed, and the advantages of a group sum to zero. So the loss starts at
@@ -144,7 +144,7 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
 #
 #     [prompt] [completion 1, M queries] [completion 2, M queries] ... [completion G, M queries]
 #
-# The context queries are M learned vectors that stand behind every completion (model.py). With
+# The context queries are M learned vectors that follow every completion (model.py). With
 # M = 0 this is a packed row for GRPO on any language model. Positions have three axes (time, y,
 # x), as in Qwen's vision-language models; if a model's have one, repeat them three times. A
 # completion together with its queries is called a segment. Two things make the row equal to G
@@ -260,7 +260,7 @@ def packed_attention(query, key, value, packed, scaling):
                                              is_causal=True, scale=scaling, enable_gqa=True)
     segments = masked_attention(segments_of(query), prompt_and_segments_of(key),
                                 prompt_and_segments_of(value), packed.segment_mask, scaling)
-    # put both back into rows: the prompts, zeros behind them, and the segments over that
+    # put both back into rows: the prompts, zeros after them, and the segments over that
     out = F.pad(prompts, (0, 0, 0, L - P)).transpose(1, 2).flatten(0, 1)  # (B * L, heads, d)
     segments = segments.transpose(1, 2).flatten(0, 1)                     # (N * (T + M), heads, d)
     places = packed.segment_places.flatten()[packed.no_padding]

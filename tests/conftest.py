@@ -34,7 +34,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import align
 import model
-import train_rl
 import world as shapes_world
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (ENVIRONMENT, ROOT, TORCHRUN, call, contents, in_two, largest_move, numbers,
+from conftest import (ENVIRONMENT, ROOT, TORCHRUN, call, contents, largest_move, numbers,
                       random_lens, refused, rows, run)
 from torch.distributed.fsdp import fully_shard
 from training_worker import whole_batch

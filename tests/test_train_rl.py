@@ -24,7 +24,7 @@ import training_worker as worker
 from align import SharedArgs
 from data import LensError, read_records, select
 from model import forward_one, prompt_positions
-from train_rl import FixedCache, GrowingCache, MicroBatch, RLArgs, draw_uniforms, generate
+from train_rl import FixedCache, MicroBatch, RLArgs, draw_uniforms, generate
 
 # --- 1. Sample ------------------------------------------------------------------------------------
 

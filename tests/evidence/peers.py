@@ -26,7 +26,6 @@ Letters: B prompts, G completions per prompt, N = B * G, P prompt tokens, T comp
 M context queries, V vocabulary, C hidden size.
 """
 import argparse
-import json
 import platform
 import statistics
 import sys

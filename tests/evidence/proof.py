@@ -95,7 +95,7 @@ def bootstrap(gains, objects, draws=10_000):
 
 
 def gain_title(better, worse, group):
-    (variant, column), (control, control_column) = better, worse
+    (variant, column), (control, _) = better, worse
     other = "its box into SAM" if variant == control else VARIANTS[control]
     return f"{VARIANTS[variant]} - {other}, {COLUMNS[column]}{ROWS[group]}"
 
