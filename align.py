@@ -197,7 +197,6 @@ class TrainArgs:
     steps: int = flag(0, "number of steps of the whole run; 0 follows --epochs")
     lr: float = flag(3e-5, "peak learning rate")
     warmup: int = flag(0, "steps of linear warm-up")
-    adam_beta2: float = flag(0.999, "beta2 of AdamW")
     save_every: int = flag(100, "steps between checkpoints; the last two are kept")
     shard: Literal["full", "hybrid"] = flag(
         "full", "shard over all processes, or within each machine with copies between machines")
@@ -206,8 +205,8 @@ class TrainArgs:
     def __post_init__(self):
         at_least(1, self, "batch", "micro_batch", "epochs", "save_every")
         at_least(0, self, "steps", "warmup")
-        if not (self.lr > 0 and 0 < self.adam_beta2 < 1):
-            raise LensError("--lr must be positive, --adam-beta2 between 0 and 1")
+        if not self.lr > 0:
+            raise LensError("--lr must be positive")
 
 
 def at_least(lowest, args, *names):
@@ -405,7 +404,7 @@ def plan_steps(args, world, objects):
 
 def make_optimizer(groups, args, device):
     """AdamW over [{"params", "peak_lr"}], without weight decay. apply_update sets each rate."""
-    return torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), weight_decay=0.0,
+    return torch.optim.AdamW(groups, weight_decay=0.0,
                              fused=device.type == "cuda" and not args.offload)
 
 

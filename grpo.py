@@ -37,8 +37,18 @@ Departures from the paper
   printed adds the loss of the segmentation mask to J, although J is maximised.
 - The paper says that Eq. 9 keeps the context queries (learned vectors, see model.py) near their
   start. But it is a KL between two policies over text, so we take it on the completion tokens.
-The released code divides by the sample standard deviation in Eq. 6 (here `correction=1`), and its
-ratio is always 1, so it never clips.
+The released code divides by the sample standard deviation in Eq. 6 (here `deviation="sample"`), and
+its ratio is always 1, so it never clips.
+
+Variants of GRPO, each off by default
+- Dr. GRPO (arXiv 2503.20783): no division by sigma (`deviation="none"`), and a constant in the
+  place of a completion's length (`length`).
+- GDPO (arXiv 2601.05242): every reward has its own advantages, which are then summed
+  (`sum_of_advantages`).
+- No KL: `beta=0`. Cut completions without a say, as in DAPO (arXiv 2503.14476): clear their rows
+  of `mask`.
+- Clip-higher (also DAPO), CISPO and GSPO change what happens once the ratio has moved away from 1.
+  With one update per batch it is 1 whenever the gradient is taken, so they would change nothing.
 """
 from dataclasses import dataclass
 
@@ -47,7 +57,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def group_advantages(rewards, delta=1e-4, correction=0):
+def group_advantages(rewards, deviation="population", delta=1e-4):
     """Eqs. 6 and 7: how much better each completion is than its group.
 
         mu    = 1/G sum_i r_i
@@ -57,17 +67,33 @@ def group_advantages(rewards, delta=1e-4, correction=0):
     Rewards (..., G) -> advantages (..., G). The rewards [1, 0, 0, 0] give
     [1.732, -0.577, -0.577, -0.577]. A group of equal rewards gives exact zeros: it teaches nothing.
 
-    `correction=1` divides by G - 1 instead of G, as the released code does. That gives
+    deviation "sample" divides by G - 1 instead of G in Eq. 6, as the released code does. That gives
     [1.5, -0.5, -0.5, -0.5].
+
+    "none" is Dr. GRPO's A_i = r_i - mu. Eq. 7 makes all groups equally loud: one in which a single
+    completion differs a little, and one in which half succeed and half fail. Without sigma the
+    second says more. The example gives [0.75, -0.25, -0.25, -0.25].
     """
     # Subtracting the first reward changes nothing in Eq. 7, but it turns equal rewards into exact
     # zeros. Without it, the mean of three times 0.1 is not quite 0.1, and that rounding error,
     # divided by a tiny sigma, would pass for an advantage.
     rewards = rewards - rewards[..., :1]
     centred = rewards - rewards.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / (rewards.shape[-1] - correction)  # (..., 1)
-    sigma = variance.sqrt()
+    if deviation == "none":
+        return centred
+    sigma = centred.std(-1, correction=int(deviation == "sample"), keepdim=True)  # (..., 1)
     return centred / (sigma + delta)
+
+
+def sum_of_advantages(rewards, weights):
+    """GDPO: A_i = sum_k w_k A_ki, where A_k are the advantages of the k-th reward alone.
+
+    rewards: K tensors (..., G); weights: K numbers -> (..., G)
+    The usual order, first the sum (Eq. 11) and then the advantage, lets a reward that varies much
+    drown one that varies little. Here each counts by its weight, whatever its scale. (GDPO goes on
+    to normalise the result over the whole batch. That is left out.)
+    """
+    return sum(w * group_advantages(r) for w, r in zip(weights, rewards))
 
 
 def clipped_objective(log_probs, old_log_probs, advantages, clip_eps):
@@ -93,21 +119,27 @@ def kl_k3(log_probs, ref_log_probs):
     return torch.expm1(d) - d  # expm1(d) is exp(d) - 1, without losing digits near d = 0
 
 
-def completion_mean(values, mask):
+def completion_mean(values, mask, length=None):
     """The mean over the tokens of each completion, then the mean over the completions.
 
     values (N, T) and boolean mask (N, T) -> scalar tensor. So a long completion weighs no more than
     a short one. A completion without tokens adds 0 and still counts among the N.
+
+    With `length`, the sum over a completion's tokens is divided by that number instead (Dr. GRPO).
+    Then every token weighs the same. With its own length, a token of a long completion weighs less,
+    so a long wrong completion is punished less, token by token, than a short one.
     """
-    lengths = mask.sum(-1).clamp(min=1)  # (N,); 1 where there are no tokens, to avoid 0 / 0
+    # (N,); 1 where there are no tokens, to avoid 0 / 0
+    lengths = length or mask.sum(-1).clamp(min=1)
     return (values.masked_fill(~mask, 0).sum(-1) / lengths).mean()
 
 
-def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
+def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta,
+              length=None):
     """Minus Eq. 10: J = E[1/G sum_i (O_clip_i - beta * D_KL_i)]. -> loss (scalar tensor), stats
 
     O_clip_i and D_KL_i are means over the tokens of completion i, and E is the mean over the B
-    groups. So the loss is a mean over all N completions.
+    groups. So the loss is a mean over all N completions. (length: see completion_mean)
 
     log_probs, old_log_probs and ref_log_probs (N, T); advantages (N,); boolean mask (N, T). Only
     log_probs receives gradients. Entries where mask is False are ignored, even if they are NaN.
@@ -125,16 +157,15 @@ def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     log_probs = log_probs.masked_fill(~mask, 0)
     old_log_probs = old_log_probs.detach()
     advantages = advantages.detach()[:, None]  # (N, 1)
-    loss = -completion_mean(clipped_objective(log_probs, old_log_probs, advantages, clip_eps), mask)
+    gain = clipped_objective(log_probs, old_log_probs, advantages, clip_eps)
+    loss = -completion_mean(gain, mask, length)
     kl = torch.zeros_like(loss.detach())
     if ref_log_probs is not None:
-        kl = completion_mean(kl_k3(log_probs, ref_log_probs.detach()), mask)
+        kl = completion_mean(kl_k3(log_probs, ref_log_probs.detach()), mask, length)
         loss = loss + beta * kl
     ratio = torch.exp(log_probs.detach() - old_log_probs)  # (N, T)
-    too_high = (ratio > 1 + clip_eps) & (advantages > 0)
-    too_low = (ratio < 1 - clip_eps) & (advantages < 0)
-    clip_fraction = ((too_high | too_low) & mask).sum() / mask.sum().clamp(min=1)
-    return loss, {"kl": kl.detach(), "clip_fraction": clip_fraction}
+    clipped = (gain < ratio * advantages) & mask  # the minimum of Eq. 8 is the clipped side
+    return loss, {"kl": kl.detach(), "clip_fraction": clipped.sum() / mask.sum().clamp(min=1)}
 
 
 # --- The same numbers, faster: a group as one packed row ------------------------------------------

@@ -51,7 +51,7 @@ from align import (TINY, Metrics, SharedArgs, TrainArgs, apply_update, at_least,
 from data import (EvaluationRows, LensError, TrainingStream, read_records, rescale_box, select,
                   to_device, training_batches)
 from grpo import (PackedGroups, completion_table, group_advantages, grpo_loss, pack_groups,
-                  policy_logits, token_log_probs)
+                  policy_logits, sum_of_advantages, token_log_probs)
 from model import (build_lens, checkpoint_layers, context_positions, export, group_hidden,
                    load_mllm, prefill, prompt_positions, run_with_cache, set_trainable, shard,
                    use_lens_attention)
@@ -246,16 +246,22 @@ def score(out, micro, args):
     micro.r_mask = mask_rewards(out["mask_logits"].detach(), micro.batch, args.iou_power)
     lambdas = (args.lambda_format, args.lambda_box, args.lambda_mask)
     micro.reward = unified_reward(micro.r_format, micro.r_box, micro.r_mask, lambdas)   # Eq. 11
-    micro.advantages = group_advantages(micro.reward,                                   # Eqs. 6-7
-                                        correction=int(args.deviation == "sample"))
+    if args.deviation == "each":
+        rewards = micro.r_format, micro.r_box, micro.r_mask
+        micro.advantages = sum_of_advantages(rewards, lambdas)
+    else:
+        micro.advantages = group_advantages(micro.reward, args.deviation)               # Eqs. 6-7
 
 
 def backward(out, micro, args, world):
     """Eq. 12 for a MicroBatch, and its gradient. Gradients add up over micro-batches and ranks to
     the gradient of the mean over the batch. -> {name: sum over the groups (scalar tensor)}"""
+    mask = micro.packed.mask
+    if args.skip_cut:
+        mask = mask & micro.finished.flatten()[:, None]
     policy_loss, policy_stats = grpo_loss(
         out["log_probs"], micro.old_log_probs, micro.ref_log_probs, micro.advantages.flatten(),
-        micro.packed.mask, args.clip_eps, args.beta)
+        mask, args.clip_eps, args.beta, args.loss_length)
     gt, weights = (micro.batch[name].repeat_interleave(args.group_size, 0)
                    for name in ("low_res_masks", "low_res_weights"))     # (N, S/4, S/4)
     loss_seg = segmentation_loss(out["mask_logits"], gt, weights).mean()
@@ -306,14 +312,13 @@ def update(lens, optimizer, micro_batches, factor, args, world, step):
 
 
 def parameter_groups(lens, args):
-    """The MLLM, SAM's decoder and the context module, each with its own peak rate."""
+    """Two groups with a peak rate each: the MLLM; the context module with SAM's decoder."""
     named = [(name, p) for name, p in lens.named_parameters() if p.requires_grad]
 
     def group(rate, *prefixes):
         return {"params": [p for name, p in named if name.startswith(prefixes)],
                 "peak_lr": rate or args.lr}
-    return [group(args.lr, "mllm."), group(args.lr_sam, "sam."),
-            group(args.lr_context, "queries", "connector.")]
+    return [group(args.lr, "mllm."), group(args.lr_context, "queries", "connector.", "sam.")]
 
 
 # --- The sampler and the reference ----------------------------------------------------------------
@@ -382,10 +387,9 @@ class RLArgs(TrainArgs):
     batch: int = flag(64, "prompts per step, over all processes")
     micro_batch: int = flag(4, "prompts per forward and backward of one process; 4 fits 48 GB")
     epochs: int = flag(16, "how often every training object is used")
-    lr: float = flag(3e-6, "peak learning rate, of the MLLM alone where the next two are given")
-    lr_context: float = flag(0.0, "peak learning rate of context queries and connector; 0 takes "
-                                  "--lr")
-    lr_sam: float = flag(0.0, "peak learning rate of SAM's decoder; 0 takes --lr")
+    lr: float = flag(3e-6, "peak learning rate, of the MLLM alone if the next one is given")
+    lr_context: float = flag(0.0, "peak learning rate of context queries, connector and SAM's "
+                                  "decoder; 0 takes --lr")
     group_size: int = flag(8, "G, completions per prompt")
     temperature: float = flag(1.0, "temperature of the policy, in sampling and in the loss")
     clip_eps: float = flag(0.2, "epsilon of Eq. 8")
@@ -395,8 +399,13 @@ class RLArgs(TrainArgs):
     lambda_box: float = flag(1.0, "lambda_2 of Eq. 11; 0 removes R_box")
     lambda_mask: float = flag(1.0, "lambda_3 of Eq. 11; 0 removes R_seg")
     iou_power: float = flag(1.0, "R_box and R_seg are IoU to this power (released code: 2)")
-    deviation: Literal["population", "sample"] = flag(
-        "population", "sigma of Eq. 6; the released code takes that of a sample")
+    deviation: Literal["population", "sample", "none", "each"] = flag(
+        "population", "sigma of Eq. 6: over G; over G - 1 (released code); left out (Dr. GRPO); or "
+                      "one for each reward (GDPO)")
+    loss_length: int = flag(0, "divide the loss of a completion by this many tokens (Dr. GRPO); 0: "
+                               "by its own length")
+    skip_cut: bool = flag(False, "leave completions that --max-completion has cut out of the "
+                                 "policy's loss (DAPO)")
     alpha: float = flag(1.0, "weight of the segmentation loss (Eq. 12)")
     gradient_checkpointing: bool = flag(True, "recompute the MLLM's layers in the backward")
     val_every: int = flag(0, "validate every N steps (0: never); the best model is saved in "
@@ -406,8 +415,8 @@ class RLArgs(TrainArgs):
         super().__post_init__()
         at_least(2, self, "group_size")  # one completion has nothing to compare with
         at_least(1, self, "updates_per_batch")
-        at_least(0, self, "beta", "alpha", "lr_context", "lr_sam", "lambda_format", "lambda_box",
-                 "lambda_mask", "val_every")
+        at_least(0, self, "beta", "alpha", "lr_context", "lambda_format", "lambda_box",
+                 "lambda_mask", "loss_length", "val_every")
         if not (0 < self.clip_eps < 1 and self.temperature > 0 and self.iou_power > 0):
             raise LensError("--clip-eps must be between 0 and 1, --temperature and --iou-power "
                             "above 0")
@@ -415,12 +424,11 @@ class RLArgs(TrainArgs):
 
 # In the tiny preset alpha is 0.1, since the completions should follow the rewards more than L_seg.
 # The context module and SAM hardly notice: L_seg is their only loss, and Adam divides the factor
-# out. lr_context and lr_sam are low: at first many completions name the wrong object, and the mask
-# loss of those teaches the queries to guess.
+# out. lr_context is low: at first many completions name the wrong object, and the mask loss of
+# those teaches the queries to guess.
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=12,
-                        micro_batch=6, steps=140, lr=2.5e-4, lr_context=3e-5, lr_sam=1e-5,
-                        alpha=0.1, warmup=10, adam_beta2=0.99, save_every=50,
-                        gradient_checkpointing=False)}
+                        micro_batch=6, steps=140, lr=2.5e-4, lr_context=3e-5, alpha=0.1, warmup=10,
+                        save_every=50, gradient_checkpointing=False)}
 
 
 def main():

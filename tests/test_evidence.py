@@ -5,6 +5,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import END, SAM_SIDE, call, random_batch, random_sam
@@ -152,11 +153,16 @@ def test_the_ablations_page():
     """Mean and range over seeds, in per cent; rows without a line are left out."""
     line = {"table": "table4", "row": "ViT", "steps": {"align.py": 125},
             "tail": {"mask_iou": 0.5}, "greedy": {"ciou": 0.5, "giou": 0.6},
-            "sampled": {"ciou": 0.4, "giou": 0.3}}
+            "sampled": {"ciou": 0.4, "giou": 0.3}, "forced": {"giou": 0.8}}
     text = ablations.page([line, {**line, "greedy": {"ciou": 0.7, "giou": 0.6}}])
-    assert "| ViT | 87.8 | 60.0 (50.0-70.0) | 60.0 (60.0-60.0) | 30.0 (30.0-30.0) |" in text
+    assert "| ViT | 87.8 | 80.0 (80.0-80.0) | 60.0 (50.0-70.0) | 60.0 (60.0-60.0) | 30.0 (30.0-30.0) |" in text
     assert "| MLP |" not in text and "Table 3" not in text and "2 of 3" in text
     assert ablations.cell("completion_length", [38.0, 41.0]) == "39.5 (38.0-41.0)"
+    assert ablations.cell("turn", [20, 31]) == "26 (20-31)" and ablations.cell("turn", [None]) == \
+        "never" and ablations.cell("turn", [20, None]) == "20/never"
+    # ten steps of 22 + 18 n / 9 tokens, n = 0 ... 9, have 31 in the mean; the step before, less
+    lengths = [{"completion_length": tokens} for tokens in (22, *np.linspace(22, 40, 10))]
+    assert ablations.turning_step(lengths) == 2 and ablations.turning_step(lengths[:-1]) is None
     scores = {"val: apart": {"giou": 1.0, "n": 70}, "val: crosses": {"giou": 0.5, "n": 10},
               "val: hides": {"giou": 0.7, "n": 5}, "val: nests": {"giou": 0.3, "n": 5}}
     expected = (0.5 * 10 + 0.7 * 5 + 0.3 * 5) / 20
@@ -217,20 +223,20 @@ def test_the_proofs_numbers(tmp_path, monkeypatch):
     worse = [proof_row("a/1/0", glance, 0.4, [1, 4], [1, 2], "chain", "crosses"),
              proof_row("a/1/1", glance, 0.6, [1, 4], [1, 4], "size", "crosses"), unchanged]
     for variant in proof.VARIANTS:
-        for mode in proof.MODES:
-            rows = better if variant == "rl" else worse
-            (tmp_path / f"{variant}-1.{mode}.jsonl").write_text("\n".join(rows) + "\n")
-    result = proof.summarize([1], 3)
+        rows = better if variant == "rl" else worse
+        (tmp_path / f"{variant}-1.jsonl").write_text("\n".join(rows) + "\n")
+    result = proof.summarize(proof.VARIANTS, [1], 3)
     means, gains = result["means"], result["gains"]
     for column, mean in {"looks": 2 / 3, "acc50": 2 / 3, "giou": (0.75 + 0.5 + 1) / 3}.items():
-        assert means["rl-1 greedy"][column] == pytest.approx(mean, abs=1e-3)
+        assert means["rl-1"][column] == pytest.approx(mean, abs=1e-3)
     # "no queries" draws with its boxes: 1/2, 1/4, 1; stage 2 with its queries: 3/4, 1/2, 1
-    assert means["box_only-1 greedy"]["giou"] == pytest.approx(1.75 / 3, abs=1e-3)
+    assert means["box_only-1"]["giou"] == pytest.approx(1.75 / 3, abs=1e-3)
     expected = {"stage 2 - stage 1, mask IoU": (0.25, 0.0, 0.375),
                 "stage 2 - stage 2 without rewards, mask IoU, chains of two": (0.5,),
-                "stage 2 - its box into SAM, mask IoU, things that share a place": (0.25,),
+                "stage 2 - its box into SAM, mask IoU, crosses": (0.25,),
                 "stage 2 - no queries, mask IoU": (0.5 / 3,),
-                "stage 2 - no queries, mask IoU, things that share a place": (0.25,)}
+                "stage 2 - no queries, mask IoU, apart": (0.0,),
+                "stage 2 - no queries, mask IoU, crosses": (0.25,)}
     for title, numbers in expected.items():
         assert gains[title]["1"][:len(numbers)] == pytest.approx(numbers, abs=1e-3), title
     crosses = result["groups"]["crosses"]

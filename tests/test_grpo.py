@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grpo import (clipped_objective, completion_mean, completion_table, group_advantages, grpo_loss,
-                  kl_k3, pack_groups, packed_attention, token_log_probs)
+                  kl_k3, pack_groups, packed_attention, sum_of_advantages, token_log_probs)
 
 NAN, INF = math.nan, math.inf
 
@@ -47,12 +47,37 @@ def test_advantages_by_hand():
 
 def test_the_sample_standard_deviation_by_hand():
     # 1/(G-1): variance = 0.75 / 3 = 1/4, sigma = 1/2; A = 0.75 / 0.5 and -0.25 / 0.5
-    close(group_advantages(f64([1, 0, 0, 0]), delta=0, correction=1), [1.5, -0.5, -0.5, -0.5])
-    close(group_advantages(f64([1, 0, 0, 0]), correction=1), [0.75 / 0.5001] + [-0.25 / 0.5001] * 3)
+    close(group_advantages(f64([1, 0, 0, 0]), "sample", delta=0), [1.5, -0.5, -0.5, -0.5])
+    close(group_advantages(f64([1, 0, 0, 0]), "sample"), [0.75 / 0.5001] + [-0.25 / 0.5001] * 3)
     # [3, 2, 1]: variance = 2 / 2, sigma = 1
     two_groups = f64([[3, 2, 1], [1, 1, 1]])
-    close(group_advantages(two_groups, delta=0.5, correction=1),
-          [[1 / 1.5, 0, -1 / 1.5], [0, 0, 0]])
+    close(group_advantages(two_groups, "sample", delta=0.5), [[1 / 1.5, 0, -1 / 1.5], [0, 0, 0]])
+
+
+def test_advantages_without_deviation_by_hand():
+    """Dr. GRPO. mu = 1/4 and mu = 1/2. With sigma, [1, 0, 0, 0] and [0.1, 0, 0, 0] would be equally
+    loud (sigma = 0.433 and 0.0433); without it, the second says a tenth."""
+    rewards = f64([[1, 0, 0, 0], [0.1, 0, 0, 0], [1, 1, 0, 0]])
+    close(group_advantages(rewards, "none"), [[0.75, -0.25, -0.25, -0.25],
+                                              [0.075, -0.025, -0.025, -0.025],
+                                              [0.5, 0.5, -0.5, -0.5]])
+    assert group_advantages(torch.full((3,), 0.1), "none").tolist() == [0.0] * 3
+
+
+def test_the_sum_of_advantages_by_hand():
+    """GDPO. A of [1, 0, 0, 0] is [a, -b, -b, -b] with a = sqrt(3) and b = 1/sqrt(3); [0, 0, 1, 0]
+    gives [-b, -b, a, -b], and ten times that reward gives the same. With weights 2 and 1: 2a - b,
+    -3b, a - 2b, -3b. The order of Eq. 11 has sums [2, 0, 10, 0] instead: the second reward decides,
+    and the completion that the first one likes is below the mean."""
+    a, b = 3**0.5, 3**-0.5
+    first, second = f64([[1, 0, 0, 0]]), f64([[0, 0, 10, 0]])
+    expected = f64([[2 * a - b, -3 * b, a - 2 * b, -3 * b]])
+    torch.testing.assert_close(sum_of_advantages((first, second), (2, 1)), expected, rtol=1e-3,
+                               atol=0)  # delta is 1e-4, and sigma 0.43
+    assert sum_of_advantages((first, second), (2, 1))[0, 0] > 2
+    assert group_advantages(2 * first + second)[0, 0] < 0
+    # a reward that is the same for all says nothing
+    close(sum_of_advantages((first, f64([[5, 5, 5, 5]])), (1, 1)), group_advantages(first))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -245,6 +270,17 @@ def test_long_completions_weigh_no_more_than_short_ones():
     # (1 + (2 + 4 + 6) / 3) / 2 = 2.5; the mean over all tokens would be 13 / 4 = 3.25
     mask = torch.tensor([[True, False, False], [True, True, True]])
     close(completion_mean(f64([[1, NAN, 9], [2, 4, 6]]), mask), 2.5)
+
+
+def test_a_constant_length_by_hand():
+    """Dr. GRPO: sums over the constant 4, and the mean over two completions: (1 + 12) / 4 / 2."""
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    close(completion_mean(f64([[1, NAN, 9], [2, 4, 6]]), mask, 4), 13 / 8)
+    # the worked example: 5.4 / 4 and -2.3 / 4, the mean 0.3875; the KL (a + b + a) / 4 / 2 with
+    # a + b = 1/2
+    loss, stats = grpo_loss(*worked_example(), ADVANTAGES, MASK, 0.2, beta=0.5, length=4)
+    close(stats["kl"], (1.5 - math.log(2)) / 8)
+    close(loss, -0.3875 + 0.5 * (1.5 - math.log(2)) / 8)
 
 
 def loss_token_by_token(log_probs, old, ref, advantages, mask, eps, beta):

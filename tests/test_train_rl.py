@@ -249,6 +249,18 @@ def test_score_backward_and_vital_signs_by_hand():
     train_rl.score(out, micro, RLArgs(group_size=2, deviation="sample", iou_power=2.0))
     assert micro.advantages[0, 0].item() == pytest.approx(2 ** -0.5, abs=1e-3)  # / (G - 1)
     assert micro.r_mask.tolist() == [[1, pytest.approx(1 / 9)]]
+    # variants: R - mu; one advantage for each reward, each +-1 here, by their weights 1 + 2 + 3
+    args.deviation = "none"
+    train_rl.score(out, micro, args)
+    assert micro.advantages.tolist() == [[pytest.approx(1.75), pytest.approx(-1.75)]]
+    args.deviation = "each"
+    train_rl.score(out, micro, args)
+    assert micro.advantages.tolist() == [[pytest.approx(6, rel=2e-3), pytest.approx(-6, rel=2e-3)]]
+    # a cut completion, the second, says nothing about the policy; divided by 4 instead of 2 tokens
+    log_probs.grad, args.skip_cut, args.loss_length = None, True, 4
+    train_rl.backward(out, micro, args, 3)
+    expected = (-micro.advantages[0, 0].item() - .5) / 4 / 2 / 2
+    assert log_probs.grad.tolist() == [[pytest.approx(expected)] * 2, [0, 0]]
 
 
 def test_timing_by_hand(mesh):
@@ -511,16 +523,16 @@ def test_each_part_has_its_own_learning_rate(by_two, tmp_path):
     lens = random_lens()
     model.set_trainable(lens, "rl")
     groups = train_rl.parameter_groups(lens, RLArgs(lr=1.0, lr_context=2.0))
-    assert [group["peak_lr"] for group in groups] == [1.0, 1.0, 2.0]
+    assert [group["peak_lr"] for group in groups] == [1.0, 2.0]
     named = {id(p): name.split(".")[0] for name, p in lens.named_parameters()}
     assert [{named[id(p)] for p in group["params"]} for group in groups] == [
-        {"mllm"}, {"sam"}, {"queries", "connector"}]
+        {"mllm"}, {"sam", "queries", "connector"}]
     assert sum(len(group["params"]) for group in groups) == sum(
         p.requires_grad for p in lens.parameters())
     moved = tmp_path / "moved"
     shutil.copytree(by_two, moved)
     call("train_rl.py", "--output", moved, "--resume", "--steps", 3, "--lr", 1e-12,
-         "--val-every", 0)
+         "--lr-context", 1e-3, "--val-every", 0)
     assert largest_move(by_two, moved, "mllm/model.safetensors") < 1e-9
     assert largest_move(by_two, moved, "context.safetensors") > 1e-6
     assert largest_move(by_two, moved, "sam.safetensors") > 1e-7

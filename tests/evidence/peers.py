@@ -162,12 +162,12 @@ def their_step(trainer, stored):
                            clipped=clipped)
 
 
-def our_step(stored, correction=0, advantages=None):
+def our_step(stored, deviation="population", advantages=None):
     """grpo.py on stored tensors -> the same four"""
     leaf = stored.log_probs.clone().requires_grad_()
     old = leaf if stored.old is None else stored.old
     if advantages is None:
-        advantages = group_advantages(stored.rewards, correction=correction).flatten()
+        advantages = group_advantages(stored.rewards, deviation).flatten()
     loss, stats = grpo_loss(leaf, old, stored.ref, advantages, stored.mask, CLIP, BETA)
     loss.backward()
     return SimpleNamespace(advantages=advantages, loss=loss.detach(), gradient=leaf.grad,
@@ -181,7 +181,7 @@ def compare_stored(trainer, seeds, dtype, off_policy):
     for seed in seeds:
         stored = draw_stored(seed, dtype, off_policy)
         theirs = their_step(trainer, stored)
-        ours = our_step(stored, correction=1)
+        ours = our_step(stored, "sample")
         same = our_step(stored, advantages=theirs.advantages)
         their_groups = theirs.advantages.view(STORED_B, STORED_G)
         our_groups = ours.advantages.view(STORED_B, STORED_G)
@@ -197,13 +197,14 @@ def compare_stored(trainer, seeds, dtype, off_policy):
     return largest
 
 
-# name -> the settings of PAPER that are left at TRL's default, and the correction of Eq. 6 in ours
+# name -> the settings of PAPER that are left at TRL's default, and the deviation of Eq. 6 in ours
 DEFAULTS = {
-    "sample deviation, 1/(G-1); Eq. 6 has 1/G": ([], 0),
-    "`loss_type`: a mean over all tokens; Eq. 10 means every completion first": (["loss_type"], 1),
-    "`beta`: no KL": (["beta"], 1),
-    "`use_bias_correction_kl`: the KL times the ratio": (["use_bias_correction_kl"], 1),
-    "all of them, TRL as it comes": (list(PAPER), 0)}
+    "sample deviation, 1/(G-1); Eq. 6 has 1/G": ([], "population"),
+    "`loss_type`: a mean over all tokens; Eq. 10 means every completion first": (
+        ["loss_type"], "sample"),
+    "`beta`: no KL": (["beta"], "sample"),
+    "`use_bias_correction_kl`: the KL times the ratio": (["use_bias_correction_kl"], "sample"),
+    "all of them, TRL as it comes": (list(PAPER), "population")}
 
 
 def trl_defaults():
@@ -216,14 +217,14 @@ def compare_defaults(build, seeds):
     """-> {TRL's default: {policy: the largest distance of its gradient from the paper's, over the
     paper's norm}}"""
     table = {}
-    for name, (left, correction) in DEFAULTS.items():
+    for name, (left, deviation) in DEFAULTS.items():
         table[name] = {}
         settings = {field: trl_defaults()[field] for field in left}
         for policy, off_policy in (("on-policy", False), ("off-policy", True)):
             trainer, largest = build(off_policy, settings), 0
             for seed in seeds:
                 stored = draw_stored(seed, torch.float32, off_policy)
-                theirs, ours = their_step(trainer, stored), our_step(stored, correction)
+                theirs, ours = their_step(trainer, stored), our_step(stored, deviation)
                 largest = max(largest, relative_norm(theirs.gradient, ours.gradient))
             table[name][policy] = largest
     return table
@@ -582,8 +583,8 @@ largest of all elements.
 
 {STORED_B} groups of G = {STORED_G}, T = {STORED_T}, {stored["seeds"]} seeds. One group has equal
 rewards, one has a single right completion; one completion has full length, one has no token. TRL is
-set to the paper's loss. Ours is set to the sample deviation (`correction=1`), which TRL cannot
-switch off. `advantages` leaves the group of equal rewards out. `loss`, `gradient` and `clip
+set to the paper's loss. Ours is set to the sample deviation (`deviation="sample"`), which TRL
+cannot switch off. `advantages` leaves the group of equal rewards out. `loss`, `gradient` and `clip
 fraction` are with TRL's advantages in both; `own advantages` with each one's own.
 
 {compared}

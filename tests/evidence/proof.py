@@ -2,10 +2,11 @@
 
     python tests/evidence/proof.py            # an hour on two cores; goes on where it stopped
     python tests/evidence/proof.py --seeds 1  # one seed
+    python tests/evidence/proof.py --variants align rl box_only      # the main comparison alone
     python tests/evidence/proof.py --page     # docs/evidence/proof.md again, from proof.json
 
 Each variant is trained from the committed stand-ins and measured on 1,000 held-out expressions,
-with greedy and with sampled completions:
+with greedy completions:
 
     stage 1                   align.py
     stage 1 continued         a control: stage 1 for as many more images as stage 2 sees
@@ -36,21 +37,20 @@ NO_REWARD = ("--lambda-format", 0, "--lambda-box", 0, "--lambda-mask", 0)
 NO_QUERIES = ("--init", "none", "--lambda-mask", 0, "--alpha", 0)
 VARIANTS = {"align": "stage 1", "longer": "stage 1 continued",
             "no_reward": "stage 2 without rewards", "rl": "stage 2", "box_only": "no queries"}
-MODES = ("greedy", "sampled")
 COLUMNS = {"looks": "looks", "format": "format", "box_iou": "box IoU", "acc50": "Acc@0.5",
            "giou": "mask IoU", "box_giou": "its box into SAM"}
 SHARED = ("crosses", "nests", "hides")        # layouts in which things share a place
+LAYOUTS = ("apart", *SHARED, "several")
 # (variant, column) that is compared with (variant, column), and on which rows
 GAINS = [(("rl", column), (control, column), "all")
          for control in ("align", "longer", "no_reward")
          for column in ("box_iou", "acc50", "giou")]
 GAINS += [(("rl", "giou"), ("no_reward", "giou"), "chain"),
-          (("align", "giou"), ("align", "box_giou"), "all"),
-          (("rl", "giou"), ("rl", "box_giou"), "all"),
-          (("rl", "giou"), ("rl", "box_giou"), "shared"),
-          (("rl", "giou"), ("box_only", "giou"), "all"),
-          (("rl", "giou"), ("box_only", "giou"), "shared")]
-ROWS = {"all": "", "chain": ", chains of two", "shared": ", things that share a place"}
+          (("align", "giou"), ("align", "box_giou"), "all")]
+GAINS += [(("rl", "giou"), other, rows) for other in (("rl", "box_giou"), ("box_only", "giou"))
+          for rows in ("all", *LAYOUTS)]
+ROWS = {"all": "", "chain": ", chains of two", "several": ", several things"}
+ROWS |= {layout: f", {layout}" for layout in ("apart", *SHARED)}
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -61,10 +61,10 @@ def mask_ious(areas):
     return np.where(union > 0, intersection / (union + 1e-5), 1.0)
 
 
-def outcomes(variant, seed, mode):
+def outcomes(variant, seed):
     """The rows of one evaluation -> an array for each of COLUMNS, and each row's object and
     groups (kind of expression, layout of the object)."""
-    rows = read_lines(RUNS / f"{variant}-{seed}.{mode}.jsonl")
+    rows = read_lines(RUNS / f"{variant}-{seed}.jsonl")
     box_iou = np.array([row["box_iou"] for row in rows])
     by_box = mask_ious([row["box_prompt"] for row in rows])
     return {"looks": np.array([float(row["completion"].startswith(LOOKS)) for row in rows]),
@@ -76,9 +76,8 @@ def outcomes(variant, seed, mode):
 
 
 def members(groups, group):
-    """Which rows belong to a kind, a layout, "shared" or "all" -> (rows,) bool"""
-    wanted = set(SHARED) if group == "shared" else {group}
-    return np.array([group == "all" or bool(names & wanted) for names in groups])
+    """Which rows belong to a kind, a layout or "all" -> (rows,) bool"""
+    return np.array([group == "all" or group in names for names in groups])
 
 
 def bootstrap(gains, objects, draws=10_000):
@@ -100,39 +99,45 @@ def gain_title(better, worse, group):
     return f"{VARIANTS[variant]} - {other}, {COLUMNS[column]}{ROWS[group]}"
 
 
-def summarize(seeds, limit):
+def summarize(variants, seeds, limit):
     """-> what proof.json holds"""
-    tables = {(variant, seed, mode): outcomes(variant, seed, mode)
-              for variant in VARIANTS for seed in seeds for mode in MODES}
+    tables = {(variant, seed): outcomes(variant, seed) for variant in variants for seed in seeds}
     means, groups, gains = {}, {}, {}
-    for (variant, seed, mode), table in tables.items():
-        means[f"{variant}-{seed} {mode}"] = {
+    for (variant, seed), table in tables.items():
+        means[f"{variant}-{seed}"] = {
             column: round(float(table[column].mean()), 4) for column in COLUMNS}
-    row_groups = tables["rl", seeds[0], "greedy"]["groups"]
+    row_groups = tables["rl", seeds[0]]["groups"]
     for group in sorted(set().union(*row_groups)):
         rows = members(row_groups, group)
         groups[group] = {"n": int(rows.sum())}
-        for variant in VARIANTS:
-            greedy = [tables[variant, seed, "greedy"] for seed in seeds]
-            groups[group][variant] = {
-                column: round(float(np.mean([table[column][rows] for table in greedy])), 4)
+        for variant in variants:
+            groups[group][variant] = {column: round(float(np.mean(
+                [tables[variant, seed][column][rows] for seed in seeds])), 4)
                 for column in ("acc50", "giou", "box_giou")}
     for (variant, column), (control, control_column), group in GAINS:
+        if variant not in variants or control not in variants:
+            continue
         title = gain_title((variant, column), (control, control_column), group)
-        gains[title] = {}
         for seed in seeds:
-            table = tables[variant, seed, "greedy"]
+            table = tables[variant, seed]
             rows = members(table["groups"], group)
-            gain = table[column] - tables[control, seed, "greedy"][control_column]
-            gains[title][str(seed)] = bootstrap(gain[rows], table["object"][rows])
+            if not rows.any():
+                continue
+            gain = table[column] - tables[control, seed][control_column]
+            gains.setdefault(title, {})[str(seed)] = bootstrap(gain[rows], table["object"][rows])
     return {"rows": limit, "seeds": seeds, "means": means, "groups": groups, "gains": gains}
 
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-def mean_cell(result, variant, mode, column):
+def measured(result):
+    """The variants that proof.json has."""
+    return [variant for variant in VARIANTS if f"{variant}-{result['seeds'][0]}" in result["means"]]
+
+
+def mean_cell(result, variant, column):
     """The mean over seeds and, in brackets, their range if they differ."""
-    values = [result["means"][f"{variant}-{seed} {mode}"][column] for seed in result["seeds"]]
+    values = [result["means"][f"{variant}-{seed}"][column] for seed in result["seeds"]]
     low, high = f"{min(values):.3f}", f"{max(values):.3f}"
     return f"{np.mean(values):.3f}" + (f" ({low}-{high})" if low != high else "")
 
@@ -146,10 +151,10 @@ README_ROWS = ("before training: the box into SAM", "stage 1", "stage 2 without 
 
 
 def short_table(result, names=SHORT_ROWS):
-    """Greedy completions; what a reader wants first."""
-    rows = [[name, *(mean_cell(result, SHORT_ROWS[name][0], "greedy", column)
+    """What a reader wants first."""
+    rows = [[name, *(mean_cell(result, SHORT_ROWS[name][0], column)
                      for column in ("looks", "box_iou", "acc50", SHORT_ROWS[name][1]))]
-            for name in names]
+            for name in names if SHORT_ROWS[name][0] in measured(result)]
     return markdown_table(["", "looks", "box IoU", "Acc@0.5", "mask IoU"], rows)
 
 
@@ -161,36 +166,36 @@ def group_table(result, column, variants):
 
 def page(result):
     """-> docs/evidence/proof.md"""
-    seeds = result["seeds"]
-    means = [[title, mode, *(mean_cell(result, variant, mode, column) for column in COLUMNS)]
-             for variant, title in VARIANTS.items() for mode in MODES]
+    seeds, variants = result["seeds"], measured(result)
+    means = [[VARIANTS[variant], *(mean_cell(result, variant, column) for column in COLUMNS)]
+             for variant in variants]
     gains = [[title, *("{:+.3f} ({:+.3f}, {:+.3f})".format(*gain[str(seed)]) for seed in seeds)]
              for title, gain in result["gains"].items()]
-    with_queries = [variant for variant in VARIANTS if variant != "box_only"]
+    with_queries = [variant for variant in variants if variant != "box_only"]
     return f"""# What stage 2 improves: all numbers
 
 Made by `python tests/evidence/proof.py`, from proof.json beside this page. What the variants and
 columns are, and what follows from them: [results](../results.md#proof-what-does-stage-2-improve).
-{result["rows"]:,} held-out expressions; the mean over seeds {", ".join(map(str, seeds))} and, in
-brackets, their range.
+{result["rows"]:,} held-out expressions, greedy completions; the mean over seeds
+{", ".join(map(str, seeds))} and, in brackets, their range.
 
-{markdown_table(["", "completions", *COLUMNS.values()], means)}
+{markdown_table(["", *COLUMNS.values()], means)}
 The mask of "no queries" is that of its box.
 
 ## By kind of expression, and by layout of the object
 
-Greedy completions, mean over seeds. Acc@0.5 of the boxes:
+The mean over seeds. Acc@0.5 of the boxes:
 
-{group_table(result, "acc50", VARIANTS)}
+{group_table(result, "acc50", variants)}
 Mask IoU:
 
-{group_table(result, "giou", VARIANTS)}
+{group_table(result, "giou", variants)}
 Mask IoU of the predicted box in SAM:
 
 {group_table(result, "box_giou", with_queries)}
 ## Gains, row by row
 
-Greedy completions. In brackets a 95 % interval from a bootstrap over objects.
+In brackets a 95 % interval from a bootstrap over objects.
 
 {markdown_table(["", *(f"seed {seed}" for seed in seeds)], gains)}"""
 
@@ -202,46 +207,43 @@ def wait_for(jobs):
         job.result()
 
 
-def train_all(seeds, pool):
+def train_all(variants, seeds, pool):
     def start(variant, script, *flags, from_stage_1=True):
         jobs = []
-        for seed in seeds:
+        for seed in seeds if variant in variants else ():
             init = ("--init", RUNS / f"align-{seed}") if from_stage_1 else ()
             jobs.append(pool.submit(train, script, RUNS / f"{variant}-{seed}", "--seed", seed,
                                     *init, *flags))
         return jobs
     wait_for(start("align", "align.py", from_stage_1=False))
-    wait_for(start("rl", "train_rl.py") + start("no_reward", "train_rl.py", *NO_REWARD)
-             + start("box_only", "train_rl.py", *NO_QUERIES, from_stage_1=False))
+    wait_for(start("rl", "train_rl.py")
+             + start("box_only", "train_rl.py", *NO_QUERIES, from_stage_1=False)
+             + start("no_reward", "train_rl.py", *NO_REWARD))
     rl, align = (json.loads((RUNS / f"{variant}-{seeds[0]}/settings.json").read_text())
                  for variant in ("rl", "align"))
     steps = rl["steps"] * rl["batch"] // align["batch"]          # as many images as stage 2 saw
     wait_for(start("longer", "align.py", "--steps", steps))
 
 
-def evaluate_all(seeds, limit, pool):
-    jobs = []
-    for variant in VARIANTS:
-        for seed in seeds:
-            for mode in MODES:
-                out = RUNS / f"{variant}-{seed}.{mode}.jsonl"
-                jobs.append(pool.submit(evaluate, out, mode, "--limit", limit, "--checkpoint",
-                                        RUNS / f"{variant}-{seed}"))
-    wait_for(jobs)
+def evaluate_all(variants, seeds, limit, pool):
+    wait_for([pool.submit(evaluate, RUNS / f"{variant}-{seed}.jsonl", "greedy", "--limit", limit,
+                          "--checkpoint", RUNS / f"{variant}-{seed}")
+              for variant in variants for seed in seeds])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--limit", type=int, default=1000, help="rows of val")
     parser.add_argument("--page", action="store_true", help="only write proof.md from proof.json")
     args = parser.parse_args()
     if not args.page:
         write_world()
         with ThreadPoolExecutor(2) as pool:
-            train_all(args.seeds, pool)
-            evaluate_all(args.seeds, args.limit, pool)
-        write_json("proof", summarize(args.seeds, args.limit))
+            train_all(args.variants, args.seeds, pool)
+            evaluate_all(args.variants, args.seeds, args.limit, pool)
+        write_json("proof", summarize(args.variants, args.seeds, args.limit))
     (EVIDENCE / "proof.md").write_text(page(read_json("proof")))
 
 
