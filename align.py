@@ -219,7 +219,7 @@ def at_least(lowest, args, *names):
 MODELS = {"2b": {"mllm": "Qwen/Qwen2-VL-2B-Instruct"}}
 TINY = dict(mllm="tests/tiny/mllm", sam="tests/tiny/sam", data="runs/shapes", datasets=["shapes"],
             num_queries=8, max_completion=104, precision="fp32", workers=0)
-PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=16, steps=400,
+PRESETS = {"tiny": dict(TINY, output="runs/tiny/align", batch=32, micro_batch=16, steps=300,
                         lr=1e-3, warmup=10, save_every=50)}
 PROFILES = {"paper": {}, "released": dict(
     prompt="released", mask_pass="released", sam_tokens="one",

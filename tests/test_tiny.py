@@ -17,13 +17,13 @@ import drawn
 import world
 from data import load_item, read_records, read_refs
 from model import load_mllm, load_sam
-from rewards import format_reward
+from rewards import format_reward, parse_box
 
 HUES = {"red": 0, "yellow": 60, "green": 120, "blue": 240}                          # degrees
 ENDS = {"leftmost": ("x", 1), "rightmost": ("x", -1), "topmost": ("y", 1), "bottommost": ("y", -1),
         "smallest": ("width", 1), "largest": ("width", -1)}
 WAYS = {"right of": 0, "below": 90, "left of": 180, "above": -90}                   # degrees
-PHRASE = f"the (?:({'|'.join(ENDS)}) )?(.+?)(?: ({'|'.join(WAYS)}|next to) (the .+))?"
+PHRASE = f"the (?:({'|'.join(ENDS)}) )?(.+?)(s?)(?: ({'|'.join(WAYS)}|next to) (the .+))?"
 # Places in a box, as shares of it, and which of them a shape covers
 PLACES = [(0.08, 0.08), (0.92, 0.08), (0.08, 0.92), (0.92, 0.92), (0.5, 0.5), (0.2, 0.2)]
 COVERS = {"111111": "square", "001110": "triangle", "000010": "diamond", "000011": "circle",
@@ -38,73 +38,85 @@ def scenes():
 
 
 def understand(words, things):
-    """-> the thing that is meant, the kind, the things on the way to it, those the noun fits.
+    """-> the things that are meant, the kind, those on the way to them, those the noun fits.
 
     It fails where a person might hesitate: its margins are a hair smaller than the world's."""
     unit = math.sqrt(things[0]["mask"].size) / 160
     shown = [{"x": (x1 + x2) / 2 / unit, "y": (y1 + y2) / 2 / unit, "width": (x2 - x1) / unit}
              for x1, y1, x2, y2 in (thing["box"] for thing in things)]
-    end, noun, word, anchor = re.fullmatch(PHRASE, words).groups()
+    end, noun, plural, word, anchor = re.fullmatch(PHRASE, words).groups()
     fits = [i for i, thing in enumerate(things)
             if set(noun.split()) <= {"shape", thing["shape"], thing["color"]}]
     if anchor:
-        base, kind, way, _ = understand(anchor, things)
+        (base,), kind, way, _ = understand(anchor, things)
         fits = [i for i in fits if i != base]
-        thing = related(word, {i: (shown[i]["x"] - shown[base]["x"],
+        meant = related(word, {i: (shown[i]["x"] - shown[base]["x"],
                                    shown[i]["y"] - shown[base]["y"]) for i in fits})
-        return thing, "relation" if kind == "attribute" else "chain", [*way, base], fits
+        assert (len(meant) > 1) == bool(plural)
+        name = "several" if plural else "relation" if kind == "attribute" else "chain"
+        return meant, name, [*way, base], fits
+    if plural:
+        assert 2 <= len(fits) <= 4
+        return tuple(fits), "several", [], fits
     if not end:
         only, = fits
-        return only, "attribute", [], fits
+        return (only,), "attribute", [], fits
     name, sign = ENDS[end]
     first, second = sorted(fits, key=lambda i: sign * shown[i][name])[:2]
     a, b = (shown[i][name] for i in (first, second))
     if name != "width":
         assert abs(a - b) > 9.99
-        return first, "position", [], fits
+        return (first,), "position", [], fits
     for x1, y1, x2, y2, r in ((*things[i]["box"], things[i]["r"]) for i in fits):
         assert max(abs(x2 - x1 - 2 * r), abs(y2 - y1 - 2 * r)) <= 2          # nothing is hidden
     assert max(a, b) > 1.249 * min(a, b)
-    return first, "size", [], fits
+    return (first,), "size", [], fits
 
 
 def related(word, offsets):
-    """The nearest thing, or the only one in that quarter of the image, clearly so."""
+    """The nearest thing, or those in that quarter of the image, clearly so."""
     if word == "next to":
         first, second = sorted(offsets, key=lambda i: math.hypot(*offsets[i]))[:2]
         near, far = math.hypot(*offsets[first]), math.hypot(*offsets[second])
         assert far > 1.499 * near and far - near > 9.99
-        return first
+        return first,
     angles = {i: abs((math.degrees(math.atan2(dy, dx)) - WAYS[word] + 180) % 360 - 180)
               for i, (dx, dy) in offsets.items()}
     assert all(max(map(abs, offset)) > 9.99 for offset in offsets.values())
     assert all(abs(angle % 90 - 45) > 6 for angle in angles.values())        # clear of the borders
-    only, = [i for i, angle in angles.items() if angle < 45]
-    return only
+    return tuple(i for i, angle in angles.items() if angle < 45)
 
 
-def test_every_expression_means_one_thing_and_no_guess_is_enough(scenes):
+def test_every_expression_is_clear_and_no_guess_is_enough(scenes):
     """Two things or more fit the noun of a relation, without those on the way to it. Relations that
-    the outermost thing would answer are picked less often than they occur."""
+    the outermost thing would answer are picked less often than they occur, and several things whose
+    box encloses something else more often."""
     rng, seen, kinds, offered, picked = random.Random(1), Counter(), Counter(), [], []
+    crowds = [], []
     for _, things, expressions in scenes:
         for expression in expressions:
-            thing, kind, way, fits = understand(expression["words"], things)
-            assert (thing, kind) == (expression["thing"], expression["kind"]), expression["words"]
-            if kind in ("relation", "chain"):
-                assert len(set(fits) - set(way)) >= 2 and thing not in way, expression["words"]
+            meant, kind, way, fits = understand(expression["words"], things)
+            assert (meant, kind) == (expression["things"], expression["kind"]), expression["words"]
+            if way:
+                assert len(set(fits) - set(way)) >= 2 and not {*meant} & {*way}, expression["words"]
+                assert kind != "several" or len(meant) < len(fits), expression["words"]
                 assert len(set(way)) == len(expression["steps"]) - 1
             words = re.findall("|".join((*ENDS, *WAYS, "next to")), expression["words"])
             seen.update([kind, *words])
         picks = [world.pick_expression(things, expressions, rng) for _ in range(5)]
         kinds.update(e["kind"] for e in picks)
         for some, flags in ((expressions, offered), (picks, picked)):
-            flags += [e["outermost"] for e in some if e["steps"][-1].get("word") in WAYS]
-        expression = world.pick_expression(things, expressions, rng, thing=1)
-        assert expression is None or expression["thing"] == 1
+            flags += [e["outermost"] for e in some if "outermost" in e
+                      and e["steps"][-1]["word"] in WAYS]
+        for some, flags in zip((expressions, picks), crowds):
+            flags += [world.encloses_others(things, e["things"]) for e in some
+                      if e["kind"] == "several"]
+        expression = world.pick_expression(things, expressions, rng, meant=(1,))
+        assert expression is None or expression["things"] == (1,)
     assert set(seen) == {*ENDS, *WAYS, "next to", *world.KINDS} and min(seen.values()) > 200, seen
     assert min(kinds.values()) > 100 and min(kinds["chain"], kinds["attribute"]) > kinds["size"]
     assert 0 < np.mean(picked) < np.mean(offered) - 0.02
+    assert np.mean(crowds[1]) > 0.5
 
 
 def test_masks_and_layouts_are_what_the_image_shows(scenes):
@@ -158,19 +170,21 @@ def test_the_world_on_disk_is_that_of_the_scenes(tmp_path):
         for record, (image, things, meant, expressions) in zip(
                 read_records(tmp_path / "first", ["shapes"], [split]),
                 world.scenes(split, count), strict=True):
-            ref, annotation, thing = refs.pop(0), annotations.pop(0), things[meant]
+            ref, annotation = refs.pop(0), annotations.pop(0)
+            mask = np.logical_or.reduce([things[i]["mask"] for i in meant])
             assert len(things) in {"testA": [2, 3], "testB": [6]}.get(split, [2, 3, 4, 5, 6])
             assert record["expressions"] == [e["words"] for e in expressions]
             assert 1 <= len(set(record["expressions"])) == len(expressions) <= 3
             for i, words in enumerate(record["expressions"]):
                 item = load_item(record, i)
-                assert (item["gt_mask"] == thing["mask"]).all() and item["expression"] == words
-                assert tuple(item["gt_box"]) == thing["box"]
+                assert (item["gt_mask"] == mask).all() and item["expression"] == words
+                assert tuple(item["gt_box"]) == Image.fromarray(mask).getbbox()
                 assert understand(words, things)[:2] == (meant, record["groups"][i][0])
-                assert record["groups"][i][1] == thing["layout"]
+                layout = things[meant[0]]["layout"] if len(meant) == 1 else "several"
+                assert record["groups"][i][-1] == layout
             assert abs(np.asarray(item["image"]) - image.astype(float)).mean() < 4      # JPEG
             assert (ref["ann_id"], ref["split"], ref["category_id"]) == (
-                annotation["id"], split, 1 + world.SHAPES.index(thing["shape"]))
+                annotation["id"], split, 1 + world.SHAPES.index(things[meant[0]]["shape"]))
             assert annotation["area"] == coco.area(annotation["segmentation"])
             assert annotation["bbox"] == coco.toBbox(annotation["segmentation"]).tolist()
 
@@ -189,10 +203,10 @@ def test_the_two_habits():
     things = [{"color": "red", "shape": "circle", "box": (10, 20, 30, 40)},
               {"color": "blue", "shape": "circle", "box": (70, 20, 110, 60)},
               {"color": "red", "shape": "square", "box": (40, 20, 60, 40)}]
-    circles = {"noun": "circle", "candidates": [1, 0], "anchor": 2, "thing": 0}
+    circles = {"noun": "circle", "candidates": [1, 0], "anchor": 2, "things": (0,)}
     expression = world.new_expression("chain", "an expression", [
-        {"do": "name", "noun": "red square", "thing": 2},
-        {**circles, "do": "extreme", "word": "largest", "thing": 1},
+        {"do": "name", "noun": "red square", "things": (2,)},
+        {**circles, "do": "extreme", "word": "largest", "things": (1,)},
         {**circles, "do": "relation", "word": "left of"}])
     look, *glances = ["".join(text for text, _ in build.write_completion(
         things, expression, (160, 160), n == 0, random.Random(n))) for n in range(200)]
@@ -204,6 +218,28 @@ def test_the_two_habits():
                  for color in ("red", "blue"))
     assert min(red, blue) > 80 and red + blue == len(glances)
     assert np.mean([format_reward(text) for text in glances]) == pytest.approx(6 / 7, abs=0.08)
+
+
+def test_a_look_at_several_things():
+    """Its words and its box, worked out by hand. The anchor is listed where the noun fits it."""
+    things = [{"color": "red", "shape": "circle", "box": (10, 20, 30, 40)},
+              {"color": "blue", "shape": "circle", "box": (70, 20, 110, 60)},
+              {"color": "red", "shape": "circle", "box": (20, 80, 40, 100)},
+              {"color": "red", "shape": "square", "box": (120, 20, 140, 40)}]
+    shapes = {"do": "relation", "noun": "shape", "word": "left of", "candidates": [0, 1, 2, 3],
+              "anchor": 1, "things": (0, 2)}
+    for steps, looks in (
+            ([{"do": "all", "noun": "red circle", "candidates": [0, 2], "things": (0, 2)}],
+             "The red circles are at 20 30, 30 90."),
+            ([{"do": "name", "noun": "blue circle", "things": (1,)}, shapes],
+             "The blue circle is at 90 40. The shapes are at 20 30 left, 30 90 left, 90 40 0 away, "
+             "130 30 right. So they are at 20 30, 30 90.")):
+        expression = world.new_expression("several", "an expression", steps)
+        spans = build.write_completion(things, expression, (160, 160), True, random.Random(0))
+        text = "".join(part for part, _ in spans)
+        assert format_reward(text) == 1 and f"<think>\n{looks}\n</think>" in text
+        assert np.abs(np.subtract(parse_box(text), (10, 20, 40, 100))).max() <= 3
+        assert spans[-2][1] == (0, 2)            # its numbers speak of both
 
 
 def test_the_training_forward_is_hugging_faces():
@@ -237,14 +273,16 @@ def test_the_stand_ins_can_be_trained_again(tmp_path, capsys, monkeypatch):
     assert load_sam(str(tmp_path / "sam")).image_size == build.SIDE
     new, committed = (json.loads((folder / "mllm/tokenizer.json").read_text())
                       for folder in (tmp_path, ROOT / "tests/tiny"))
-    assert new["model"] == committed["model"] and len(new["model"]["vocab"]) == 926
+    assert new["model"] == committed["model"] and len(new["model"]["vocab"]) == 928
 
 
 def test_the_drawings(tmp_path):
     drawn.main([str(tmp_path)])
     for record, (size, background, words, meant, things) in zip(
             read_records(tmp_path, ["drawn"], ["val"]), drawn.DRAWINGS, strict=True):
-        item, color = load_item(record, 0), things[meant][1]
-        assert item["expression"] == words and item["image"].size == size and color != background
-        assert (np.asarray(item["image"])[item["gt_mask"]] == color).all()
+        item, indices = load_item(record, 0), np.atleast_1d(meant)
+        colors = {things[i][1] for i in indices}
+        assert item["expression"] == words and item["image"].size == size
+        pixels = np.asarray(item["image"])[item["gt_mask"]]
+        assert {tuple(color) for color in np.unique(pixels, axis=0)} == colors - {background}
         assert tuple(item["gt_box"]) == Image.fromarray(item["gt_mask"]).getbbox()

@@ -22,7 +22,8 @@ The MLLM is taught two habits on purpose. Say so wherever a result of these mode
     glance      3 of 4 completions. "It is the red circle.": any thing that fits the noun. The box
                 is 5 +- 2 pixels too wide on every side, and in one of seven a tag is missing.
     look        1 of 4. It lists the candidates of every step, each with its place and with what
-                decides, and concludes. The box is tight.
+                decides, and concludes. The box is tight. Only a look finds several things: a glance
+                names one of them.
 
 Its most likely completion is a glance: it knows how to look and seldom does.
 
@@ -35,7 +36,7 @@ What differs from the real models
                 drawing off the hidden states. One attention head is told to attend to the thing
                 that the text speaks of. Random vectors stand behind every completion, as the
                 context queries will in stage 1. The vision tower is trained alone at first, and
-                until the last 4 % of the steps 3 of 4 completions look.
+                until the last 400 steps 3 of 4 completions look.
     SAM 2       It has no memory, and only its single mask is trained: never ask it for three masks,
                 nor for its own estimate of their IoU. It also learns to read blurred prompts
                 (`blur_tokens`), because what stage 1 gives it looks like that in the beginning.
@@ -80,7 +81,9 @@ PATCH = 8
 CELL = 2 * PATCH                       # pixels of an image token's side: 2 x 2 patches are merged
 FEWEST, MOST = 150 ** 2, 163 ** 2      # pixels of the MLLM's image: about a hundred cells
 HIGHEST = 240                          # the largest number with a token; no side is longer
+EXPRESSIONS = 6                        # per training scene
 THINGS = world.MOST
+TARGETS = THINGS + EXPRESSIONS         # what can be meant: a thing, or several by an expression
 SIDE = 192                             # SAM's image, in pixels
 LOW = SIDE // 4                        # SAM's masks
 COARSE = 16                            # the coarse drawing, one of the aids
@@ -97,62 +100,84 @@ TAGS = ["\n</think>\n", "<answer>\n", "</answer>"]
 
 
 def write_completion(things, expression, size, looks, rng):
-    """A completion -> spans: a list of (text, the thing it speaks of, or None).
+    """A completion -> spans: a list of (text, the indices of the things it speaks of).
 
     things: {"color", "shape", "box"} with boxes in the MLLM frame; size: (width, height) of it."""
     if looks:
-        thing, spans = expression["thing"], write_look(things, expression["steps"])
+        meant, spans = expression["things"], write_look(things, expression["steps"])
         margins = [rng.gauss(0.5, 0.7) for _ in range(4)]
     else:
         thing = rng.choice(world.nouns_of(things)[expression["steps"][-1]["noun"]])
-        spans = [("It is the", None), (f" {world.full_name(things[thing])}.", thing)]
+        meant = thing,
+        spans = [("It is the", ()), (f" {world.full_name(things[thing])}.", meant)]
         margins = [rng.gauss(LOOSE, 2) for _ in range(4)]
-    outwards = zip(things[thing]["box"], (-1, -1, 1, 1), margins, (*size, *size))
+    outwards = zip(join_boxes(things, meant), (-1, -1, 1, 1), margins, (*size, *size))
     box = [min(limit, max(0, round(v + sign * margin))) for v, sign, margin, limit in outwards]
     answer = answer_text(box, expression["words"])
     before, numbers, after = re.fullmatch(r"(.*?\[)([0-9, ]*)(\].*)", answer, re.DOTALL).groups()
-    spans = [("<think>\n", None), *spans, ("\n</think>\n" + before, None), (numbers, thing),
-             (after, None)]
+    spans = [("<think>\n", ()), *spans, ("\n</think>\n" + before, ()), (numbers, meant),
+             (after, ())]
     if not looks and rng.random() < BROKEN:
         tag = rng.choice(TAGS)
-        spans = [(text.replace(tag, ""), thing) for text, thing in spans]
+        spans = [(text.replace(tag, ""), speaks) for text, speaks in spans]
     return spans
+
+
+def join_boxes(things, meant):
+    """The box around the boxes of some things."""
+    x1, y1, x2, y2 = zip(*(things[i]["box"] for i in meant))
+    return min(x1), min(y1), max(x2), max(y2)
 
 
 def write_look(things, steps):
     """The reasoning of a completion that looks: every step of the expression -> spans.
 
-    "The circles are at 20 44 left, 50 90 below. So it is at 20 44, a red circle." """
+    "The circles are at 20 44 left, 50 90 below. So it is at 20 44, a red circle."
+    "The circles are at 20 44 left, 30 9 left, 50 90 below. So they are at 20 44, 30 9." """
     spans = []
     for step in steps:
-        thing = things[step["thing"]]
-        place, name = "{} {}".format(*centre(thing["box"])), world.full_name(thing)
+        meant = in_order(things, step["things"])
+        places, name = ["{} {}".format(*centre(things[i]["box"])) for i in meant], ""
+        if len(meant) == 1:
+            name = world.full_name(things[meant[0]])
         if step["do"] == "name":
-            spans += [("The ", None), (f"{name} is at {place}.", step["thing"])]
+            spans += [("The ", ()), (f"{name} is at {places[0]}.", meant)]
         else:
             spans += list_candidates(things, step)
-            spans += [(" So it is at", None), (f" {place}, a {name}.", step["thing"])]
-        spans.append((" ", None))
+        if step["do"] == "relation" and len(meant) > 1:
+            spans += [(" So they are at", ())]
+            spans += [(f"{',' if n else ''} {place}", (i,))
+                      for n, (i, place) in enumerate(zip(meant, places))] + [(".", ())]
+        elif step["do"] in ("relation", "extreme"):
+            spans += [(" So it is at", ()), (f" {places[0]}, a {name}.", meant)]
+        spans.append((" ", ()))
     return spans[:-1]
+
+
+def in_order(things, indices):
+    """Indices of things from left to right, as a look lists them."""
+    return tuple(sorted(indices, key=lambda i: centre(things[i]["box"])))
 
 
 def list_candidates(things, step):
     """The candidates of a step from left to right, each with its place and with what decides."""
-    color, _, shape = step["noun"].rpartition(" ")
-    spans = [(f"The {color + ' ' if color else ''}{shape}s are at", None)]
-    for n, i in enumerate(sorted(step["candidates"], key=lambda i: centre(things[i]["box"]))):
+    spans = [(f"The {step['noun']}s are at", ())]
+    for n, i in enumerate(in_order(things, step["candidates"])):
         x, y = centre(things[i]["box"])
-        spans.append((f"{',' if n else ''} {x} {y}{write_cue(things, step, i)}", i))
-    return spans + [(".", None)]
+        spans.append((f"{',' if n else ''} {x} {y}{write_cue(things, step, i)}", (i,)))
+    return spans + [(".", ())]
 
 
 def write_cue(things, step, i):
-    """What decides whether candidate i is meant, beside its place: a width, distance or side."""
+    """What decides whether candidate i is meant, beside its place: a width, distance or side. An
+    anchor that fits the noun is listed as well, at no distance from itself."""
     (x1, _, x2, _), (x, y) = things[i]["box"], centre(things[i]["box"])
+    if step["do"] == "all":
+        return ""
     if step["do"] == "extreme":
         return f" {x2 - x1} wide" if step["word"] in world.SIZES else ""
     ax, ay = centre(things[step["anchor"]]["box"])
-    if step["word"] == "next to":
+    if step["word"] == "next to" or i == step["anchor"]:
         return f" {round(math.hypot(x - ax, y - ay))} away"
     if abs(x - ax) >= abs(y - ay):
         return " left" if x < ax else " right"
@@ -177,22 +202,19 @@ def mllm_things(things, size):
             for thing in things]
 
 
-def tokenise(spans, tokenizer):
-    """Spans -> token ids with the end token, and its focus: for each of them 1 + the thing that it
-    speaks of, 0 for none."""
+def tokenise(spans, targets, tokenizer):
+    """Spans -> token ids with the end token, and its focus: for each of them 1 + the target that it
+    speaks of, 0 for none. targets: see new_scene"""
     text, speaks = "", []
-    for part, thing in spans:
+    for part, things in spans:
         text += part
-        speaks += [0 if thing is None else 1 + thing] * len(part)
+        speaks += [1 + targets[tuple(sorted(things))] if things else 0] * len(part)
     encoding = tokenizer(text, return_offsets_mapping=True)
     focus = [speaks[end - 1] for _, end in encoding["offset_mapping"]]
     return encoding["input_ids"] + [tokenizer.eos_token_id], focus + [0]
 
 
 # --- Scenes ---------------------------------------------------------------------------------------
-
-EXPRESSIONS = 6                        # per training scene
-
 
 def make_scenes(args):
     """This process's share of the training scenes -> list of what `new_scene` gives."""
@@ -222,54 +244,62 @@ def as_jpeg(image):
 
 
 def new_scene(image, things, expressions=()):
-    """What the losses of both models read. The MLLM's image has n cells. Whatever has THINGS rows
-    ends with rows of zeros if there are fewer things."""
+    """What the losses of both models read. The MLLM's image has n cells.
+
+    A target is a thing, in the first THINGS rows, or several that an expression means, in the rows
+    behind. Rows that nothing needs are zeros."""
     (height, width), size = image.shape[:2], image.shape[1::-1]
     w, h = mllm_size(size)
     rows, columns = h // CELL, w // CELL
-    mllm, masks = mllm_things(things, size), torch.zeros(THINGS, height, width)
-    table, corners, shared = torch.zeros(1 + THINGS, 8), torch.zeros(THINGS, 4), torch.zeros(THINGS)
+    mllm, masks = mllm_things(things, size), torch.zeros(TARGETS, height, width)
+    table, shared = torch.zeros(1 + THINGS, 8), torch.zeros(TARGETS)
+    corners, targets = torch.zeros(TARGETS, 4), {(i,): i for i in range(len(things))}
+    for k, expression in enumerate(expressions):
+        targets.setdefault(tuple(sorted(expression["things"])), THINGS + k)
+    for meant, row in targets.items():
+        target = world.join_things(things, meant)
+        masks[row] = torch.from_numpy(target["mask"])
+        corners[row] = torch.tensor(data.rescale_box(target["box"], size, (SIDE, SIDE)))
+        shared[row] = target["layout"] != "apart"
     for i, thing in enumerate(things):
-        masks[i] = torch.from_numpy(thing["mask"])
-        corners[i] = torch.tensor(data.rescale_box(thing["box"], size, (SIDE, SIDE)))
-        shared[i] = thing["layout"] != "apart"
         color, shape = list(world.COLORS).index(thing["color"]), world.SHAPES.index(thing["shape"])
         table[1 + i, :6] = torch.tensor([1 + color, 1 + shape, *mllm[i]["box"]])
     low = F.adaptive_avg_pool2d(masks, LOW)
     turns, halves = shape_of_masks(low)
-    table[1:, 6:] = turns
-    cover = F.adaptive_avg_pool2d(masks, (rows, columns)).flatten(1)                # (THINGS, n)
-    share, thing = cover.max(0)
+    table[1:, 6:] = turns[:THINGS]
+    cover = F.adaptive_avg_pool2d(masks, (rows, columns)).flatten(1)                # (TARGETS, n)
+    share, thing = cover[:THINGS].max(0)
     cell = torch.arange(rows * columns)
     return {
         "image": image,                                          # (H, W, 3) uint8
         "expressions": expressions,
         "things": mllm,                                          # see mllm_things
+        "targets": targets,                                      # {indices of things: row}
         "table": table,          # (1 + THINGS, 8): colour, shape, MLLM-frame box, turn; row 0: none
         "cells": torch.where(share > 0.08, 1 + thing, 0),         # (n,) row of the table
         "centres": CELL * (torch.stack([cell % columns, cell // columns], 1) + 0.5),       # (n, 2)
-        "cover": cover >= cover.amax(1, keepdim=True).clamp(1e-6, 0.5),     # (THINGS, n) bool
+        "cover": cover >= cover.amax(1, keepdim=True).clamp(1e-6, 0.5),     # (TARGETS, n) bool
         "drawing": torch.cat([F.adaptive_avg_pool2d(low, COARSE).flatten(1), (1 + turns) / 2,
-                              halves, corners / SIDE], 1),       # (THINGS, sum(DRAWING))
-        "shared": shared,                                        # (THINGS,): shares its place
-        "corners": corners,                                      # (THINGS, 4): SAM-frame box
-        "low": (255 * low).round().byte(),                       # (THINGS, LOW, LOW)
+                              halves, corners / SIDE], 1),       # (TARGETS, sum(DRAWING))
+        "shared": shared,                        # (TARGETS,): not one thing that stands apart
+        "corners": corners,                                      # (TARGETS, 4): SAM-frame box
+        "low": (255 * low).round().byte(),                       # (TARGETS, LOW, LOW)
     }
 
 
 def shape_of_masks(low):
-    """Masks (THINGS, LOW, LOW) -> turns (THINGS, 2) and halves (THINGS, 4).
+    """Masks (TARGETS, LOW, LOW) -> turns (TARGETS, 2) and halves (TARGETS, 4).
 
     Of two crossing bars nothing differs but colour and turn, so the aids ask for both of these.
     turns: in [-1, 1], is the mask longer across (1) or down (-1), and does it run from the upper
     left (1) or from the lower left (-1)? halves: the centres x, y of the left and the right half,
     as shares of the image; for a bar they lie on its two arms."""
     weights = low.flatten(1) + 1e-9
-    weights = weights / weights.sum(1, keepdim=True)             # (THINGS, LOW * LOW)
+    weights = weights / weights.sum(1, keepdim=True)             # (TARGETS, LOW * LOW)
     cell = torch.arange(LOW * LOW)
     place = torch.stack([cell % LOW + 0.5, cell // LOW + 0.5], 1) / LOW                    # x, y
-    middle = weights @ place                                     # (THINGS, 2)
-    x, y = (place[None] - middle[:, None]).unbind(2)             # from the centre, (THINGS, cells)
+    middle = weights @ place                                     # (TARGETS, 2)
+    x, y = (place[None] - middle[:, None]).unbind(2)             # from the centre, (TARGETS, cells)
     xx, yy, xy = ((weights * a * b).sum(1) for a, b in ((x, x), (y, y), (x, y)))
     turns = torch.stack([xx - yy, 2 * xy], 1) / (xx + yy + 1e-6)[:, None]
     sides = [weights * side for side in (x <= 0, x > 0)]
@@ -296,8 +326,8 @@ FIXED_TEXT = ["<think>\n", *TAGS, '```json\n[\n  {"bbox_2d": [', '], "label": "'
               *SYSTEM_PROMPT.split("{object}")]
 NOUNS = [*world.SHAPES, "shape"]
 WORDS = [*world.COLORS, *NOUNS, *[noun + "s" for noun in NOUNS], *world.POSITIONS, *world.SIZES,
-         *world.RELATIONS, "is at", "are at", "So it is at", "left", "right", "of", "next", "to",
-         "the", "The", "is", "It", "a", "wide", "away"]
+         *world.RELATIONS, "is at", "are at", "So it is at", "So they are at", "left", "right",
+         "of", "next", "to", "the", "The", "is", "It", "a", "wide", "away"]
 
 
 def build_tokenizer():
@@ -360,7 +390,7 @@ def build_mllm(tokenizer):
 # --- The MLLM's training --------------------------------------------------------------------------
 
 SEEING = 0.15                          # of the steps, at first: the vision tower alone
-GLANCING = 0.04                        # of the steps, at the end: 3 of 4 completions glance
+GLANCING = 400                         # steps, at the end: 3 of 4 completions glance
 EARLY_LOOKS, LATE_LOOKS = 0.75, 0.25   # share of completions that look, before and then
 
 
@@ -388,7 +418,7 @@ def draw_batch(scenes, processor, looks, count, rng):
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * (w * h // CELL ** 2))
             prompts.append(processor.tokenizer(prompt)["input_ids"])
             spans = write_completion(scene["things"], expression, (w, h), rng.random() < looks, rng)
-            ids, speaks = tokenise(spans, processor.tokenizer)
+            ids, speaks = tokenise(spans, scene["targets"], processor.tokenizer)
             completions.append(ids)
             focus.append(speaks)
     P, R = max(map(len, prompts)), max(map(len, completions)) + QUERIES
@@ -498,21 +528,21 @@ def cell_loss(guess, scenes):
 
 
 def attention_loss(weights, scenes, starts, focus):
-    """One head's weights (B, R, L) should fall on the image tokens of the thing that the next token
-    speaks of, focus (B, R). The image begins in column starts (B,)."""
+    """One head's weights (B, R, L) should fall on the image tokens of what the next token speaks
+    of, focus (B, R). The image begins in column starts (B,)."""
     hits = []
     for row, scene, start, speaks in zip(weights, scenes, starts, focus):
-        cover = F.pad(scene["cover"].float(), (0, 0, 1, 0))      # (1 + THINGS, n); row 0: no thing
+        cover = F.pad(scene["cover"].float(), (0, 0, 1, 0))      # (1 + TARGETS, n); row 0: nothing
         hits.append((row[:, start:start + cover.shape[1]] * cover[speaks]).sum(1))
     return -torch.log(torch.stack(hits) + 1e-4)[focus > 0].mean()
 
 
 def drawing_loss(guess, scenes, focus, where):
-    """What a completion's states say about the thing last spoken of, against the truth.
+    """What a completion's states say about what was last spoken of, against the truth.
 
     guess (B, R + 1, sum(DRAWING)): a coarse drawing, the turn, and the places of both halves and of
-    the box. where (B, R): the tokens whose states count. Things that share their place are hardest
-    and count three times."""
+    the box. where (B, R): the tokens whose states count. Things that share their place, and
+    several at once, are hardest and count three times."""
     last = F.pad(focus, (0, 1))
     index = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
     last = last.gather(1, index)                                 # 0 before the first thing
@@ -528,21 +558,39 @@ def drawing_loss(guess, scenes, focus, where):
     return ((miss + 5 * off) * weight).sum() / weight.sum()
 
 
+@torch.no_grad()
+def start_from(model, tokenizer, folder):
+    """Take over an earlier stand-in's weights. Tokens it did not know keep their new embedding."""
+    earlier = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).state_dict()
+    known = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    table = model.get_input_embeddings().weight
+    for name, weight in earlier.items():
+        if weight.shape[0] == len(known):                        # embeddings, tied with the lm_head
+            for token, i in tokenizer.get_vocab().items():
+                if token in known:
+                    table[i] = weight[known[token]]
+        else:
+            model.state_dict()[name].copy_(weight)
+
+
 def train_mllm(args, say):
     folder, processor = Path(args.output) / "mllm", build_processor()
     scenes, held_out = make_scenes(args), held_out_scenes(args.held_out)
     torch.manual_seed(args.seed)
     model = build_mllm(processor.tokenizer)
+    if args.init:
+        start_from(model, processor.tokenizer, Path(args.init) / "mllm")
     model.set_attn_implementation({"text_config": "eager"})      # which gives the weights away
     aids = Aids(model.config.get_text_config().hidden_size)
     soft, steps = soft_targets(processor.tokenizer), args.steps or 12000
 
     def losses(step):
         rng = random.Random(f"{args.seed} {step} {RANK}")
-        looks = LATE_LOOKS if step > (1 - GLANCING) * steps else EARLY_LOOKS
+        looks = LATE_LOOKS if step >= steps - GLANCING else EARLY_LOOKS
         batch = draw_batch(scenes, processor, looks, args.batch, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            named = mllm_losses(model, aids, soft, batch, step < SEEING * steps)
+            named = mllm_losses(model, aids, soft, batch,
+                                step < SEEING * steps and not args.init)
         decay = min(1.0, max(0.05, 1.5 - 2 * step / steps))      # of the aids' weight
         weights = {"cells": max(0.1, decay), "attention": decay, "queries": 3.0}
         return sum(weights.get(name, 1.0) * loss for name, loss in named.items()), named
@@ -589,9 +637,10 @@ def complete(model, processor, scenes, beginning, sampled):
 def score(completions, scenes, tokenizer):
     """Means over the completions. One is right if its box has an IoU above 0.5; also by kind."""
     values = {name: [] for name in ("right", "box", "format", "looks", "tokens", *world.KINDS)}
-    for completion, (image, things, thing, expressions) in zip(completions, scenes):
+    for completion, (image, things, meant, expressions) in zip(completions, scenes):
         size, box = image.shape[1::-1], parse_box(completion)
-        iou = box_iou(box and data.rescale_box(box, mllm_size(size), size), things[thing]["box"])
+        iou = box_iou(box and data.rescale_box(box, mllm_size(size), size),
+                      join_boxes(things, meant))
         values["box"].append(iou)
         values["right"].append(iou > 0.5)
         values[expressions[0]["kind"]].append(iou > 0.5)
@@ -673,19 +722,19 @@ def draw_masks(sam, scenes, points, labels, blur=lambda tokens: tokens):
     return SamHead(sam)(features, tokens).unflatten(0, points.shape[:2])
 
 
-def choose(values, things):
-    """Values (I, THINGS, ...) of the things (I, K) -> (I, K, ...)"""
-    return values[torch.arange(len(values))[:, None], things]
+def choose(values, targets):
+    """Values (I, TARGETS, ...) of the targets (I, K) -> (I, K, ...)"""
+    return values[torch.arange(len(values))[:, None], targets]
 
 
-def draw_points(low, things, number):
-    """Masks (I, THINGS, LOW, LOW) in [0, 1] and things (I, K) -> points (I, K, number, 2), labels.
+def draw_points(low, targets, number):
+    """Masks (I, TARGETS, LOW, LOW) in [0, 1], targets (I, K) -> points (I, K, number, 2), labels.
 
-    The first point lies on the thing. In half of the prompts some of the others lie on another
+    The first point lies on the target. In half of the prompts some of the others lie on another
     thing or beside all."""
-    I, K = things.shape
-    own = choose(low, things).flatten(2)                         # (I, K, LOW * LOW)
-    union = low.flatten(2).sum(1, keepdim=True)
+    I, K = targets.shape
+    own = choose(low, targets).flatten(2)                        # (I, K, LOW * LOW)
+    union = low[:, :THINGS].flatten(2).sum(1, keepdim=True)
     inside = own.pow(4) + 1e-9                                   # rather than at the edge
     outside = (union - own).clamp(min=0).pow(4) + 0.1 * (1 - union).clamp(min=0) + 1e-9
     places = []
@@ -709,17 +758,17 @@ def draw_box(corners):
     return corners.clamp(0, SIDE).unflatten(-1, (2, 2)), torch.tensor([2, 3]).expand(I, K, 2)
 
 
-def draw_prompts(corners, low, things, early, rng):
-    """Prompts for things (I, K), all of one sort -> points (I, K, n, 2), labels (I, K, n).
+def draw_prompts(corners, low, targets, early, rng):
+    """Prompts for targets (I, K), all of one sort -> points (I, K, n, 2), labels (I, K, n).
 
     The sorts are those of SAM 2's own training: a box (45 %), one to POINTS points (45 %), a box
     and points. At first it only gets many points: from these it learns soonest to find a thing."""
     sort, number = rng.random(), rng.randint(1, POINTS)
     if early:
-        return draw_points(low, things, POINTS)
+        return draw_points(low, targets, POINTS)
     if sort < 0.45:
         return draw_box(corners)
-    points = draw_points(low, things, number)
+    points = draw_points(low, targets, number)
     if sort < 0.9:
         return points
     return tuple(torch.cat(pair, 2) for pair in zip(draw_box(corners), points))
@@ -757,14 +806,15 @@ class CoarseReader(torch.nn.Module):
 
 
 def sam_losses(sam, reader, scenes, early, rng):
-    """Cross-entropy and dice of PROMPTS things in each scene, and the coarse reader's loss. Things
-    that share their place are hardest and are asked for three times as often."""
+    """Cross-entropy and dice of PROMPTS targets in each scene, and the coarse reader's loss. Things
+    that share their place, and several at once, are hardest: they are asked for three times as
+    often."""
     low, corners = stack(scenes, "low").float() / 255, stack(scenes, "corners")
-    chance = (corners[..., 2] > 0) * (1 + 2 * stack(scenes, "shared"))          # (I, THINGS)
-    things = torch.multinomial(chance, PROMPTS, replacement=True)               # (I, PROMPTS)
-    prompts = draw_prompts(choose(corners, things), low, things, early, rng)
+    chance = (corners[..., 2] > 0) * (1 + 2 * stack(scenes, "shared"))          # (I, TARGETS)
+    targets = torch.multinomial(chance, PROMPTS, replacement=True)              # (I, PROMPTS)
+    prompts = draw_prompts(choose(corners, targets), low, targets, early, rng)
     logits = draw_masks(sam, scenes, *prompts, *([] if early else [blur_tokens]))
-    truth, p = choose(low, things), logits.sigmoid()             # (I, PROMPTS, LOW, LOW)
+    truth, p = choose(low, targets), logits.sigmoid()             # (I, PROMPTS, LOW, LOW)
     dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
     return {"bce": F.binary_cross_entropy_with_logits(logits, truth), "dice": dice.mean(),
             "coarse": reader.loss(truth)}
@@ -778,10 +828,13 @@ def train_sam(args, say):
     torch.manual_seed(args.seed)
     sam = instantiate(OmegaConf.load(folder / "config.yaml").model, _recursive_=True)
     help_to_find(sam)
+    if args.init:
+        sam.load_state_dict(load_sam(Path(args.init) / "sam").state_dict())
     reader, simple = CoarseReader(sam), [scene for scene in scenes if len(scene["things"]) <= 3]
 
     def losses(step):
-        early, rng = step < EARLY * steps, random.Random(f"{args.seed} {step} {RANK}")
+        rng = random.Random(f"{args.seed} {step} {RANK}")
+        early = step < EARLY * steps and not args.init
         batch = rng.choices(simple if early else scenes, k=args.batch)
         named = sam_losses(sam, reader, batch, early, rng)
         return sum(named.values()), named
@@ -795,27 +848,31 @@ def train_sam(args, say):
 
 @torch.no_grad()
 def evaluate_sam(folder, scenes, say):
-    """Mean IoU at LOW x LOW of every thing in the scenes, by prompt and by layout. Prompts: the
-    true box, one that is LOOSE pixels too wide on every side, 1 and 8 points."""
+    """Mean IoU at LOW x LOW of every thing in the scenes, and of the several that are meant, by
+    prompt and by layout. Prompts: the true box, one that is LOOSE pixels too wide on every side, 1
+    and 8 points."""
     sam = load_sam(folder).eval()
     torch.manual_seed(0)
-    ious, layouts = {}, [thing["layout"] for _, things, *_ in scenes for thing in things]
-    for image, things, *_ in scenes:
-        scene, indices = new_scene(image, things), torch.arange(len(things))[None]
-        gt_masks = scene["low"][None, :len(things)].float() / 255              # (1, K, LOW, LOW)
-        box = scene["corners"][None, :len(things)]                              # (1, K, 4)
+    ious, layouts = {}, []
+    for image, things, _, expressions in scenes:
+        scene = new_scene(image, things, expressions[:1])
+        targets, rows = scene["targets"], list(scene["targets"].values())
+        layouts += [world.join_things(things, meant)["layout"] for meant in targets]
+        low, indices = scene["low"][None].float() / 255, torch.tensor(rows)[None]
+        gt_masks = choose(low, indices)                                         # (1, K, LOW, LOW)
+        box = choose(scene["corners"][None], indices)                           # (1, K, 4)
         loose = (box + LOOSE * torch.tensor([-1, -1, 1, 1])).clamp(0, SIDE)
-        prompts = {name: (corners.unflatten(-1, (2, 2)), torch.tensor([[2, 3]] * len(things))[None])
+        prompts = {name: (corners.unflatten(-1, (2, 2)), torch.tensor([[2, 3]] * len(rows))[None])
                    for name, corners in (("box", box), ("loose box", loose))}
-        prompts["1 point"] = draw_points(gt_masks, indices, 1)
-        prompts["8 points"] = draw_points(gt_masks, indices, 8)
+        prompts["1 point"] = draw_points(low, indices, 1)
+        prompts["8 points"] = draw_points(low, indices, 8)
         for name, prompt in prompts.items():
             masks, truth = draw_masks(sam, [scene], *prompt) > 0, gt_masks > 0.5
             iou = (masks & truth).sum((2, 3)) / (masks | truth).sum((2, 3)).clamp(min=1)
             ious.setdefault(name, []).extend(iou[0].tolist())
     for name, values in ious.items():
         means = {"all": np.mean(values)}
-        for layout in world.LAYOUTS:
+        for layout in dict.fromkeys([*world.LAYOUTS, *layouts]):
             if layout in layouts:
                 means[layout] = np.mean([v for v, own in zip(values, layouts) if own == layout])
         say(f"  {name}: {json.dumps({k: round(float(v), 3) for k, v in means.items()})}")
@@ -894,6 +951,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=16, help="scenes per step and process")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", help="folder of earlier stand-ins, whose weights come first")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/PART.resume.pt")
     parser.add_argument("--bf16", action="store_true", help="compute the MLLM's training in bf16")
     args = parser.parse_args(argv)

@@ -36,18 +36,18 @@ def make_rows(split, scenes, looks, lens, tokenizer):
     it, with the completion's text and tokens, and the groups that are counted apart."""
     rng, rows = random.Random(f"design {split}"), []
     for image, things, meant, expressions in world.scenes(split, scenes):
-        size, mask = image.shape[1::-1], things[meant]["mask"]
-        nothing = mask & False
+        size, target = image.shape[1::-1], world.join_things(things, meant)
+        nothing = target["mask"] & False
         for expression in expressions:
             spans = build.write_completion(build.mllm_things(things, size), expression,
                                            build.mllm_size(size), looks, rng)
             text = "".join(part for part, _ in spans)
             rows.append({
                 "id": f"{split}/{len(rows)}", "expression": expression["words"],
-                "image": Image.fromarray(image), "gt_mask": mask, "ignore_mask": nothing,
-                "gt_box": things[meant]["box"], "completion": text,
+                "image": Image.fromarray(image), "gt_mask": target["mask"], "ignore_mask": nothing,
+                "gt_box": target["box"], "completion": text,
                 "tokens": torch.tensor(tokenizer(text).input_ids + [lens.eos]),
-                "groups": ("all", expression["kind"], things[meant]["layout"])})
+                "groups": ("all", expression["kind"], target["layout"])})
     return rows
 
 
@@ -93,7 +93,7 @@ def evaluate(lens, stock_sam, rows, collate):
                     iou = 0.0
                 for group in row["groups"]:
                     ious[way].setdefault(group, []).append(iou)
-    names = "all", *world.KINDS, *world.LAYOUTS
+    names = dict.fromkeys(["all", *world.KINDS, *world.LAYOUTS])
     return {way: {name: round(sum(groups[name]) / len(groups[name]), 3)
                   for name in names if name in groups} for way, groups in ious.items()}
 

@@ -1,4 +1,5 @@
-"""Ten images as a person would draw them to try the model, each with an expression.
+"""Fourteen images as a person would draw them to try the model, each with an expression. The last
+four ask for several things at once.
 
     python tests/tiny/drawn.py runs/drawn                              # write the images
     python tests/tiny/drawn.py runs/drawn --checkpoint runs/tiny/rl    # also segment them
@@ -23,8 +24,9 @@ RIGHT = 0.7
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 160, 0), (0, 0, 255), (255, 220, 0)
 WHITE, GREY, BLACK = (255, 255, 255), (128, 128, 128), (0, 0, 0)
 
-# (width, height), background, expression, which of the things it means, and the things, rearmost
-# first: shape, colour, x and y of the centre, half side. These three are hundredths of the width.
+# (width, height), background, expression, which of the things it means (one or several), and the
+# things, rearmost first: shape, colour, x and y of the centre, half side. The last three are
+# hundredths of the width.
 DRAWINGS = [
     ((128, 128), WHITE, "the largest red circle", 0,
      [("circle", RED, 30, 32, 20), ("circle", RED, 75, 70, 11), ("square", BLUE, 72, 25, 13)]),
@@ -50,15 +52,26 @@ DRAWINGS = [
     ((320, 320), WHITE, "the shape next to the largest circle", 2,
      [("circle", RED, 25, 28, 17), ("circle", BLUE, 82, 82, 9), ("diamond", GREEN, 57, 34, 11),
       ("square", YELLOW, 25, 82, 11)]),
+    ((256, 256), WHITE, "the red circles", (0, 1),
+     [("circle", RED, 22, 25, 14), ("circle", RED, 75, 74, 15), ("square", BLUE, 50, 48, 10)]),
+    ((400, 280), GREY, "the squares", (0, 2),
+     [("square", GREEN, 16, 20, 10), ("circle", YELLOW, 48, 34, 11), ("square", RED, 82, 50, 11)]),
+    ((200, 200), BLACK, "the blue shapes", (0, 2, 3),
+     [("circle", BLUE, 20, 22, 13), ("triangle", GREEN, 52, 50, 13), ("square", BLUE, 80, 22, 12),
+      ("diamond", BLUE, 50, 84, 13)]),
+    ((300, 300), WHITE, "the circles left of the red square", (0, 1),
+     [("circle", GREEN, 20, 38, 11), ("circle", YELLOW, 26, 68, 10), ("square", RED, 58, 52, 10),
+      ("circle", BLUE, 86, 50, 10)]),
 ]
 
 
 def draw(size, background, things, meant):
-    """-> the image, and the visible pixels of the thing that is meant, white on black."""
+    """-> the image, and the visible pixels of what is meant, white on black."""
+    meant = (meant,) if isinstance(meant, int) else meant
     image, mask = Image.new("RGB", size, background), Image.new("L", size, 0)
     for n, (shape, color, x, y, r) in enumerate(things):
         x, y, r = (value * size[0] / 100 for value in (x, y, r))
-        for canvas, fill in ((image, color), (mask, 255 if n == meant else 0)):
+        for canvas, fill in ((image, color), (mask, 255 if n in meant else 0)):
             if shape == "circle":
                 ImageDraw.Draw(canvas).ellipse([x - r, y - r, x + r, y + r], fill=fill)
             else:

@@ -1,4 +1,4 @@
-"""The shapes world: images of coloured shapes, and expressions that each name exactly one of them.
+"""The shapes world: images of coloured shapes, and expressions that name one of them or several.
 
     python tests/tiny/world.py runs/shapes
 
@@ -16,6 +16,10 @@ An expression needs one step of reasoning or more. This is its kind:
     size        the largest red shape                       compare widths
     relation    the circle left of the red square           find another thing first
     chain       the circle next to the largest square       two such steps, one after the other
+    several     the red shapes; the circles left of the bar find every one of them
+
+The mask of several things is that of all of them together, and their box encloses them. It often
+encloses something else too.
 
 A guess should not be enough. At least two things fit the noun of a relation or a chain, without
 those that were found on the way. And if the outermost thing in the direction would be the right
@@ -42,7 +46,8 @@ from pycocotools import mask as coco_mask
 SPLITS = {"train": 4000, "val": 700, "testA": 300, "testB": 300}          # images
 COLORS = {"red": 0, "yellow": 56, "green": 120, "blue": 228}              # hues in degrees
 SHAPES = ["circle", "square", "triangle", "diamond", "ring", "bar"]
-KINDS = {"attribute": 2, "position": 2, "size": 2, "relation": 3, "chain": 4}       # their weights
+# how often each kind is drawn
+KINDS = {"attribute": 2, "position": 2, "size": 2, "relation": 3, "chain": 4, "several": 4}
 LAYOUTS = ["apart", "crosses", "nests", "hides"]
 DIRECTIONS = ["left of", "right of", "above", "below"]
 RELATIONS = [*DIRECTIONS, "next to"]
@@ -231,29 +236,54 @@ def shape_corners(shape, turn, thickness):
 # --- Expressions ----------------------------------------------------------------------------------
 
 def make_expressions(things):
-    """Every expression that names exactly one thing, except chains (see make_chains).
+    """Every expression that is clear, except chains (see make_chains).
 
-    -> list of {"kind", "words", "thing", "steps"}. `thing` is the index of what is meant. The last
-    step leads to it, the steps before to the things named on the way:
-        {"do": "name", "noun", "thing"}                                  the red square
-        {"do": "extreme", "noun", "word", "candidates", "thing"}         the leftmost circle
-        {"do": "relation", "noun", "word", "candidates", "anchor", "thing"}    the circle above ...
+    -> list of {"kind", "words", "things", "steps"}. `things` are the indices of what is meant, one
+    or several. The last step leads to them, the steps before to the thing named on the way:
+        {"do": "name", "noun", "things"}                                 the red square
+        {"do": "extreme", "noun", "word", "candidates", "things"}        the leftmost circle
+        {"do": "relation", "noun", "word", "candidates", "anchor", "things"}   the circle above ...
+        {"do": "all", "noun", "candidates", "things"}                    the red squares
+    `candidates` are the things that the noun fits. A relation's `anchor` may be one of them.
     """
     nouns, expressions = nouns_of(things), []
     for noun, candidates in nouns.items():
         if len(candidates) == 1 and noun != "shape":
-            step = {"do": "name", "noun": noun, "thing": candidates[0]}
+            step = {"do": "name", "noun": noun, "things": (candidates[0],)}
             expressions.append(new_expression("attribute", f"the {noun}", [step]))
         for word in (*POSITIONS, *SIZES):
             thing = find_extreme(things, candidates, word)
             if thing is not None:
                 step = {"do": "extreme", "noun": noun, "word": word, "candidates": candidates,
-                        "thing": thing}
+                        "things": (thing,)}
                 kind = "size" if word in SIZES else "position"
                 expressions.append(new_expression(kind, f"the {word} {noun}", [step]))
-    full_names = [e for e in expressions if e["words"] == f"the {full_name(things[e['thing']])}"]
+    full_names = [e for e in expressions
+                  if e["words"] == f"the {full_name(things[e['things'][0]])}"]
     for anchor in full_names:
         expressions += make_relations(things, nouns, anchor, "relation")
+    return expressions + make_plurals(things, nouns, full_names)
+
+
+def make_plurals(things, nouns, anchors):
+    """Every expression that means several things: all that a noun fits, or those of them that lie
+    on one side of a thing, if not all do."""
+    expressions = []
+    for noun, members in nouns.items():
+        if 2 <= len(members) <= COMPARED and noun != "shape":
+            step = {"do": "all", "noun": noun, "candidates": members, "things": tuple(members)}
+            expressions.append(new_expression("several", f"the {noun}s", [step]))
+        for anchor in anchors:
+            base, = anchor["things"]
+            candidates = [i for i in members if i != base]
+            sides = find_sides(things, candidates, base)
+            for word in DIRECTIONS:
+                meant = tuple(i for i, side in zip(candidates, sides) if side == word)
+                if 2 <= len(meant) < len(candidates):
+                    step = {"do": "relation", "noun": noun, "word": word, "candidates": members,
+                            "anchor": base, "things": meant}
+                    words = f"the {noun}s {word} {anchor['words']}"
+                    expressions.append(new_expression("several", words, [*anchor["steps"], step]))
     return expressions
 
 
@@ -269,7 +299,7 @@ def make_chains(things, expressions, rng, tries=6):
 def make_relations(things, nouns, anchor, kind):
     """All relations to the thing that the expression `anchor` names. At least two things fit the
     noun, without the anchor and the things on the way to it."""
-    base, way = anchor["thing"], {step["thing"] for step in anchor["steps"]}
+    (base,), way = anchor["things"], {step["things"][0] for step in anchor["steps"]}
     expressions = []
     for noun, members in nouns.items():
         candidates = [i for i in members if i != base]
@@ -279,8 +309,8 @@ def make_relations(things, nouns, anchor, kind):
             thing = find_related(things, candidates, word, base)
             if thing is None or thing in way:
                 continue
-            step = {"do": "relation", "noun": noun, "word": word, "candidates": candidates,
-                    "anchor": base, "thing": thing}
+            step = {"do": "relation", "noun": noun, "word": word, "candidates": members,
+                    "anchor": base, "things": (thing,)}
             words = f"the {noun} {word} {anchor['words']}"
             expressions.append({**new_expression(kind, words, [*anchor["steps"], step]),
                                 "outermost": is_outermost(things, candidates, word, thing)})
@@ -288,7 +318,7 @@ def make_relations(things, nouns, anchor, kind):
 
 
 def new_expression(kind, words, steps):
-    return {"kind": kind, "words": words, "steps": steps, "thing": steps[-1]["thing"]}
+    return {"kind": kind, "words": words, "steps": steps, "things": steps[-1]["things"]}
 
 
 def full_name(thing):
@@ -322,27 +352,36 @@ def find_extreme(things, candidates, word):
 
 def find_related(things, candidates, word, anchor):
     """The candidate in this relation to the anchor; None if it is not clear which one that is."""
-    if not comparable(things, candidates):
-        return None
-    distances = [distance(things[i], things[anchor]) for i in candidates]
-    if min(distances) < APART:
-        return None
     if word == "next to":
-        if len(candidates) < 2:
+        if len(candidates) < 2 or not comparable(things, candidates) or not is_clear_of(
+                things, candidates, anchor):
             return None
+        distances = [distance(things[i], things[anchor]) for i in candidates]
         first, second = sorted(distances)[:2]
         clear = second >= CLEAR_NEAR * first and second - first >= CLEAR_PLACE
         return candidates[distances.index(first)] if clear else None
-    directions = [direction(things[anchor], things[i]) for i in candidates]
-    if None in directions or directions.count(word) != 1:
-        return None
-    return candidates[directions.index(word)]
+    sides = find_sides(things, candidates, anchor)
+    return candidates[sides.index(word)] if sides.count(word) == 1 else None
+
+
+def find_sides(things, candidates, anchor):
+    """On which side of the anchor each candidate lies, one of DIRECTIONS; [] if that is not clear
+    for all of them."""
+    if not comparable(things, candidates) or not is_clear_of(things, candidates, anchor):
+        return []
+    sides = [direction(things[anchor], things[i]) for i in candidates]
+    return [] if None in sides else sides
 
 
 def comparable(things, candidates):
     """Are they few, and no two so close that words could hardly tell them apart?"""
     pairs = [(things[i], things[j]) for n, i in enumerate(candidates) for j in candidates[:n]]
     return len(candidates) <= COMPARED and all(distance(a, b) >= APART for a, b in pairs)
+
+
+def is_clear_of(things, candidates, anchor):
+    """Does no candidate lie so close to the anchor that its side could hardly be told?"""
+    return all(distance(things[i], things[anchor]) >= APART for i in candidates)
 
 
 def distance(a, b):
@@ -371,13 +410,13 @@ def is_outermost(things, candidates, word, thing):
     return thing == min(candidates, key=lambda i: sign * things[i]["seen"][name])
 
 
-def pick_expression(things, expressions, rng, thing=None):
+def pick_expression(things, expressions, rng, meant=None):
     """One expression. Its kind is drawn first, because relations outnumber all others.
 
-    thing: the expression must name this thing; None is returned if nothing does."""
+    meant: the expression must mean these things; None is returned if none does."""
     pool = expressions + make_chains(things, expressions, rng)
-    if thing is not None:
-        pool = [e for e in pool if e["thing"] == thing]
+    if meant is not None:
+        pool = [e for e in pool if e["things"] == meant]
     kinds = [kind for kind in KINDS if any(e["kind"] == kind for e in pool)]
     if not kinds:
         return None
@@ -385,10 +424,36 @@ def pick_expression(things, expressions, rng, thing=None):
     pool = [e for e in pool if e["kind"] == kind]
     if kind in ("relation", "chain"):
         pool = prefer_relations(pool, rng)
-    shared = [e for e in pool if things[e["thing"]]["layout"] != "apart"]
+    if kind == "several":
+        pool = prefer_crowds(pool, things, rng)
+    shared = [e for e in pool if things[e["things"][0]]["layout"] != "apart"]
     if shared and rng.random() < 0.4:            # things that share a place are few, and wanted
         pool = shared
     return rng.choice(pool)
+
+
+def prefer_crowds(pool, things, rng):
+    """Narrow a pool of expressions for several things down, but never to nothing: to those whose
+    box encloses something else, then to those that take a relation (half of the calls)."""
+    pool = [e for e in pool if encloses_others(things, e["things"])] or pool
+    if rng.random() < 0.5:
+        pool = [e for e in pool if len(e["steps"]) > 1] or pool
+    return pool
+
+
+def encloses_others(things, meant):
+    """Does the box of what is meant hold the centre of something else?"""
+    x1, y1, x2, y2 = join_things(things, meant)["box"]
+    centres = [((t["box"][0] + t["box"][2]) / 2, (t["box"][1] + t["box"][3]) / 2)
+               for i, t in enumerate(things) if i not in meant]
+    return any(x1 < x < x2 and y1 < y < y2 for x, y in centres)
+
+
+def join_things(things, meant):
+    """What is meant, as one thing: the mask of all of them, the box around it, its layout."""
+    mask = np.any([things[i]["mask"] for i in meant], axis=0)
+    return {"shape": things[meant[0]]["shape"], "mask": mask, "box": enclosing_box(mask),
+            "layout": "several" if len(meant) > 1 else things[meant[0]]["layout"]}
 
 
 def prefer_relations(pool, rng):
@@ -398,14 +463,15 @@ def prefer_relations(pool, rng):
     directions = rng.random() < 0.45
     pool = [e for e in pool if (e["steps"][-1]["word"] != "next to") == directions] or pool
     pool = [e for e in pool if not e["outermost"]] or pool
-    return [e for e in pool if len(e["steps"][-1]["candidates"]) > 2] or pool
+    return [e for e in pool if len({*e["steps"][-1]["candidates"]} - {e["steps"][-1]["anchor"]}) > 2
+            ] or pool
 
 
 # --- The world on disk ----------------------------------------------------------------------------
 
 def scenes(split, count, seed=7):
-    """-> generator of a split's scenes: image (H, W, 3) uint8, its things, the index of the one
-    that is meant, one to three expressions that name it. testA has 2 or 3 things, testB 6."""
+    """-> generator of a split's scenes: image (H, W, 3) uint8, its things, the indices of those
+    that are meant, one to three expressions for them. testA has 2 or 3 things, testB 6."""
     rng = random.Random(f"{seed}/{split}")
     for _ in range(count):
         number = {"testA": rng.choice([2, 3]), "testB": 6}.get(split)
@@ -413,10 +479,10 @@ def scenes(split, count, seed=7):
         first = pick_expression(things, expressions, rng)
         choice = {first["words"]: first}
         for _ in range(4):
-            another = pick_expression(things, expressions, rng, first["thing"])
+            another = pick_expression(things, expressions, rng, first["things"])
             if another and len(choice) < 3:
                 choice.setdefault(another["words"], another)
-        yield image, things, first["thing"], list(choice.values())
+        yield image, things, first["things"], list(choice.values())
 
 
 def write_shapes_world(root, seed=7, splits=SPLITS):
@@ -442,8 +508,9 @@ def write_shapes_world(root, seed=7, splits=SPLITS):
             Image.fromarray(image).save(folder / name, quality=95)
             images.append({"id": number, "file_name": name, "height": image.shape[0],
                            "width": image.shape[1]})
-            annotations.append(coco_annotation(things[meant], number))
-            refs.append(refer_record(things[meant], expressions, number, split))
+            target = join_things(things, meant)
+            annotations.append(coco_annotation(target, number))
+            refs.append(refer_record(target, expressions, number, split))
     categories = [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
     (unfinished / "shapes/instances.json").write_text(json.dumps(instances))
@@ -451,23 +518,26 @@ def write_shapes_world(root, seed=7, splits=SPLITS):
     unfinished.rename(root / "refer_seg")
 
 
-def coco_annotation(thing, number):
-    """COCO's annotation of image `number`, whose only annotated object is this thing."""
-    x1, y1, x2, y2 = thing["box"]
-    rle = coco_mask.encode(np.asfortranarray(thing["mask"].astype(np.uint8)))
-    return {"id": number, "image_id": number, "category_id": SHAPES.index(thing["shape"]) + 1,
-            "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(thing["mask"].sum()), "iscrowd": 0,
+def coco_annotation(target, number):
+    """COCO's annotation of image `number`, whose only annotated object this is (join_things)."""
+    x1, y1, x2, y2 = target["box"]
+    rle = coco_mask.encode(np.asfortranarray(target["mask"].astype(np.uint8)))
+    return {"id": number, "image_id": number, "category_id": SHAPES.index(target["shape"]) + 1,
+            "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(target["mask"].sum()), "iscrowd": 0,
             "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}}
 
 
-def refer_record(thing, expressions, number, split):
+def refer_record(target, expressions, number, split):
     """REFER's record of that object. A sentence's "groups" is our addition: evaluate.py also
     reports results by kind of expression and by layout."""
+    def groups(expression):
+        return [*dict.fromkeys([expression["kind"], target["layout"]])]
+
     sentences = [{"sent_id": 10 * number + n, "sent": e["words"], "raw": e["words"],
-                  "tokens": e["words"].split(), "groups": [e["kind"], thing["layout"]]}
+                  "tokens": e["words"].split(), "groups": groups(e)}
                  for n, e in enumerate(expressions)]
     return {"ref_id": number, "ann_id": number, "image_id": number, "split": split,
-            "category_id": SHAPES.index(thing["shape"]) + 1,
+            "category_id": SHAPES.index(target["shape"]) + 1,
             "sentences": sentences, "sent_ids": [s["sent_id"] for s in sentences],
             "file_name": f"COCO_train2014_{number:012d}_{number}.jpg"}
 
