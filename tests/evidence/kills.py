@@ -107,12 +107,12 @@ def page(rows, seconds):
 
 Made by `python tests/evidence/kills.py`. A run of {STEPS} steps took {seconds:.0f} s when nobody
 stopped it. Then it was killed with `kill -9` {len(rows)} times and started again each time.
-{sum(map(bool, unfinished))} kills hit it while it wrote a checkpoint; the last column names what was
-left of that. {sum(map(bool, origins))} of the {len(rows)} starts in this table, and the one after
-it, which reached step {STEPS}, resumed from a checkpoint; before the others there was none, so they
-began anew. {sum(bool(a and b) for a, b in zip(origins, done))} of those that resumed finished at
-least one step before the next kill. At the end all finished weights and all lines of metrics.jsonl
-were equal, bit for bit, to those of the undisturbed run. Only the times differ.
+{sum(map(bool, unfinished))} kills hit it while it wrote a checkpoint; the last column names what
+was left of that. {sum(map(bool, origins))} of the {len(rows)} starts in this table, and the one
+after it, which reached step {STEPS}, resumed from a checkpoint; before the others there was none,
+so they began anew. {sum(bool(a and b) for a, b in zip(origins, done))} of those that resumed
+finished at least one step before the next kill. At the end all finished weights and all lines of
+metrics.jsonl were equal, bit for bit, to those of the undisturbed run. Only the times differ.
 
 {markdown_table(header, rows)}"""
 
