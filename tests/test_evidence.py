@@ -47,9 +47,11 @@ def test_another_objects_box_lies_elsewhere():
     """Not the box of the bar that crosses it, nor one that covers most of it (IoU 0.64)."""
     boxes = [(10, 10, 30, 30), (10, 10, 30, 30), (10, 10, 26, 26), (40, 10, 60, 30)]
     things = [{"box": box} for box in boxes]
-    assert misguided.boxes_elsewhere(things, 0) == [(40, 10, 60, 30)]
-    assert misguided.boxes_elsewhere(things, 3) == boxes[:3]
-    assert misguided.boxes_elsewhere(things[:2], 1) == []
+    assert misguided.boxes_elsewhere(things, (0,)) == [(40, 10, 60, 30)]
+    assert misguided.boxes_elsewhere(things, (3,)) == boxes[:3]
+    assert misguided.boxes_elsewhere(things[:2], (1,)) == []
+    # two things at once have the box (10, 10, 60, 30): each of the others covers 0.4 of it or less
+    assert misguided.boxes_elsewhere(things, (0, 3)) == boxes[1:3]
 
 
 def test_a_changed_box_reaches_sam_in_the_sam_frame(lens):

@@ -24,6 +24,7 @@ import torch
 from tiny_runs import ROOT, markdown_table, open_run, read_json, write_json  # finds `world`
 
 import world
+from build import join_boxes
 from data import EvaluationRows, load_item, read_records, rescale_box, select
 from grpo import pack_groups
 from model import SamHead, context_positions, load_sam, prompt_positions
@@ -52,10 +53,11 @@ def wrong_boxes(box, other, rng):
     return [box, *shifted, *shrunk, other]
 
 
-def boxes_elsewhere(things, chosen):
-    """The boxes of an image's things that would not count as having found the chosen one."""
-    boxes = [thing["box"] for thing in things]
-    return [box for box in boxes if box_iou(box, boxes[chosen]) <= FOUND]
+def boxes_elsewhere(things, meant):
+    """The boxes of an image's things that would not count as having found what is meant."""
+    box = join_boxes(things, meant)
+    return [thing["box"] for i, thing in enumerate(things)
+            if i not in meant and box_iou(thing["box"], box) <= FOUND]
 
 
 def write_box(completion, box, size):
@@ -180,8 +182,8 @@ def main():
         lens, processor, collate, shared = open_run(args.checkpoint)
         records = read_records(shared.data, shared.datasets, ["val"])
         scenes = world.scenes("val", len(records))
-        others = {record["id"]: boxes_elsewhere(things, chosen)
-                  for record, (_, things, chosen, _) in zip(records, scenes)}
+        others = {record["id"]: boxes_elsewhere(things, meant)
+                  for record, (_, things, meant, _) in zip(records, scenes)}
         stock_sam = SamHead(load_sam(shared.sam)).eval()
         result = measure(lens, stock_sam, processor, collate, records, others,
                          shared.max_completion)
