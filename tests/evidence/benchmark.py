@@ -1,6 +1,7 @@
 """What a group costs: our step of stage 2 beside a straightforward implementation.
 
-    python tests/evidence/benchmark.py          # about an hour of one core
+    python tests/evidence/benchmark.py          # about 70 minutes of one core
+    python tests/evidence/benchmark.py --pair   # only P = 591 beside P = 1,400: five minutes
     python tests/evidence/benchmark.py --page   # only benchmark.md, from benchmark.json
 
 One prompt with its image, G completions of T tokens, M context queries, and the same random weights
@@ -24,6 +25,10 @@ of the 3B model and SAM2-Large (REAL below): MLLM to SAM, vision tower to langua
 and attention as small as they are there. This gives few and wide layers and a small vocabulary. No
 way uses gradient checkpointing.
 
+How much a group gains depends on its prompt. So two prompts are also measured side by side, in
+interleaved runs of one process: P = 591, which is a COCO image of 640 x 480 and 200 tokens of text,
+and P = 1,400. There the policy runs without context queries too, as in plain GRPO (text_policy).
+
 Time is CPU time of the one thread, the median of interleaved runs. Memory is the peak of a fresh
 process, less what stood before the part. Arithmetic is counted operator by operator while the part
 runs; causal attention counts half, which is what its kernel does. Before anything is timed, all
@@ -34,6 +39,7 @@ Writes docs/evidence/benchmark.json and benchmark.md. tests/tools/gpu.py runs th
 step on a GPU.
 """
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -55,8 +61,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from align import segmentation_loss
-from grpo import grpo_loss, pack_groups
-from model import Lens, prompt_positions, set_trainable
+from grpo import completion_table, grpo_loss, pack_groups, token_log_probs
+from model import Lens, group_hidden, prompt_positions, set_trainable
 from train_rl import (MicroBatch, Reference, RLArgs, backward, copy_mllm, draw_uniforms, generate)
 
 # Qwen2.5-VL-3B and SAM2-Large, Tflop of one sample's forward in full at P = 1400 (1200 of them
@@ -67,12 +73,13 @@ M, V, S, D = 64, 2048, 256, 32
 DECODED = 16                                                 # tokens that are really decoded
 IMAGE, START, END = V - 1, V - 2, V - 3                      # token ids
 # P -> height and width of the image in tokens; the other 200 or so are words
-IMAGES = {256: (7, 8), 512: (24, 13), 1000: (25, 32), 1400: (30, 40)}
+IMAGES = {256: (7, 8), 512: (24, 13), 591: (17, 23), 1000: (25, 32), 1400: (30, 40)}
 EVEN, MIXED = [200] * 8, [50, 93, 136, 179, 221, 264, 307, 350]      # both 1,600 tokens
 SETTINGS = {"headline": (1400, EVEN), "mixed": (1400, MIXED), "G=2": (1400, [200] * 2),
             "G=4": (1400, [200] * 4), "G=16": (1400, [200] * 16), "P=256": (256, EVEN),
             "P=512": (512, EVEN), "P=1000": (1000, EVEN)}
 WAYS, PARTS = ("group", "single", "batch"), ("prefill", "decode", "policy", "segmentation", "step")
+PAIR, PAIR_PARTS = (591, 1400), ("text_policy", "policy")    # each with completions of EVEN
 
 
 # --- The models and one prompt --------------------------------------------------------------------
@@ -142,6 +149,7 @@ def build_world(P, lengths):
         reference=Reference(build_mllm(1), lens.forbidden), batch=batch, positions=positions,
         completions=completions, mask=mask, G=G, mean_length=sum(lengths) / G,
         packed=pack_groups(batch["prompt_ids"], positions, [completions], M),
+        packed_text=pack_groups(batch["prompt_ids"], positions, [completions], 0),
         uniforms=draw_uniforms(0, 0, [0], G, DECODED + 1), old=torch.full(mask.shape, -7.6),
         advantages=torch.linspace(-1.5, 1.5, G)[None], args=RLArgs(group_size=G, batch=1),
         prompts=torch.randn(G, M, D, generator=g))           # for SAM, where it is measured alone
@@ -167,6 +175,16 @@ def group_policy(w):
     loss, _ = grpo_loss(out["log_probs"], w.old, w.old, w.advantages[0], w.mask, w.args.clip_eps,
                         w.args.beta)
     (loss + out["mask_logits"]).backward()
+
+
+def group_text_policy(w):
+    hidden = group_hidden(w.lens.mllm, w.batch["pixel_values"], w.batch["grid_thw"], w.packed_text)
+    log_probs, _ = token_log_probs(w.lens.mllm.lm_head, hidden[w.packed_text.target_places],
+                                   w.packed_text.targets, w.lens.forbidden)
+    loss, _ = grpo_loss(completion_table(log_probs, w.mask), w.old, w.old, w.advantages[0], w.mask,
+                        w.args.clip_eps, w.args.beta)
+    loss.backward()
+    return loss.item()
 
 
 def group_segmentation(w):
@@ -257,6 +275,18 @@ def full_policy(w, n, with_rest=False):
         (loss * n / w.G).backward()
 
 
+def full_text_policy(w, n):
+    total = 0.0
+    for rows in chunks(w, n):
+        log_probs, mask, _ = full_forward(w, w.lens.mllm, rows)
+        old = w.old[rows, :log_probs.shape[1]]
+        loss, _ = grpo_loss(log_probs, old, old, w.advantages[0, rows], mask, w.args.clip_eps,
+                            w.args.beta)
+        (loss * n / w.G).backward()
+        total += loss.item() * n / w.G
+    return total
+
+
 def full_segmentation(w, n):
     for rows in chunks(w, n):
         (mask_loss(w, w.prompts[rows].clone().requires_grad_()) * n / w.G).backward()
@@ -275,6 +305,8 @@ def call(w, way, part):
                      w.uniforms)
         for _ in chunks(w, n) if n else ():
             w.sampler.generate(**copies(w, n), do_sample=True, top_k=0, max_new_tokens=max_new)
+    if part == "text_policy":
+        return full_text_policy(w, n) if n else group_text_policy(w)
     if part == "policy":
         full_policy(w, n) if n else group_policy(w)
     if part == "segmentation":
@@ -386,6 +418,29 @@ def measure(name, repetitions):
     return result
 
 
+def token_ratio(P, queries):
+    """Positions of the language model that the straightforward way has for each of ours, with
+    completions of EVEN and so many queries behind each."""
+    segments = sum(length + queries for length in EVEN)
+    return (len(EVEN) * P + segments) / (P + segments)
+
+
+def measure_pair(rounds):
+    """The prompts of PAIR side by side: yields {P: {part: [a ratio for each round]}} after every
+    round. A ratio is the time of the better of the other two ways over ours."""
+    worlds = {P: build_world(P, EVEN) for P in PAIR}
+    small = build_world(256, EVEN[:2])                       # to warm up
+    losses = [call(small, way, "text_policy") for way in WAYS]
+    assert max(losses) - min(losses) < 1e-5, losses
+    ratios = {str(P): {part: [] for part in PAIR_PARTS} for P in PAIR}
+    for _ in range(rounds):
+        for P, w in worlds.items():
+            for part in PAIR_PARTS:
+                ours, *theirs = (run(w, way, part, process_time)[part] for way in WAYS)
+                ratios[str(P)][part].append(min(theirs) / ours)
+        yield ratios
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 def over(part, key, ways=WAYS[1:]):
@@ -397,19 +452,6 @@ def memory_of(result, part):
     """{way: GB}; prefill and decode are measured together, as sampling."""
     part = "sampling" if part in ("prefill", "decode") else part
     return {way: result[part][way]["gb"] for way in WAYS}
-
-
-def short_table(results):
-    """The first setting, for docs/speed.md."""
-    result = results["headline"]
-    rows = []
-    for part in ("prefill", "policy", "segmentation", "step"):
-        memory = memory_of(result, part)
-        rows.append([part, f"{over(result[part], 'gflop'):.1f}",
-                     f"{over(result[part], 'seconds'):.1f}",
-                     f"{memory['group'] / memory['batch']:.2f}"])
-    return markdown_table(["", "arithmetic, theirs / ours", "time, theirs / ours",
-                           "peak memory, ours / padded batch's"], rows)
 
 
 def parts_table(result):
@@ -445,6 +487,36 @@ def sweep_table(results, names):
                            "to batch's"], rows)
 
 
+def pair_table(pair):
+    """What a group gains with the two prompts of PAIR, for docs/speed.md. pair: None if it was not
+    measured."""
+    rows = []
+    for P in PAIR:
+        for queries, part in zip((0, M), PAIR_PARTS):
+            ratios, time = pair and pair["ratios"][str(P)][part], "not measured yet"
+            if ratios:
+                middle = statistics.median(ratios)
+                time = f"{middle:.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+            rows.append([f"P = {P:,}, {queries or 'no'} queries", f"{token_ratio(P, queries):.1f}",
+                         time])
+    return markdown_table(["", "tokens, theirs / ours", "time, theirs / ours"], rows)
+
+
+def pair_section(pair):
+    if not pair:
+        return ""
+    rounds = len(pair["ratios"][str(PAIR[0])]["policy"])
+    return f"""
+## A prompt of RefCOCO beside a long one
+
+A COCO image of 640 x 480 has 17 * 23 = 391 tokens; with 200 tokens of text P is 591. Forward and
+backward of the policy, with T = 200 and G = 8, were measured with this prompt and with P = 1400 in
+{rounds} interleaved rounds of one process, on {pair["machine"]}
+(`python tests/evidence/benchmark.py --pair`). The load average was {pair["load"]:.1f} on
+{pair["cores"]} cores: only the ratios mean something. docs/speed.md has the table.
+"""
+
+
 def page(data):
     """-> docs/evidence/benchmark.md"""
     results, head = data["results"], data["results"]["headline"]
@@ -476,23 +548,37 @@ As many tokens in sum, but a padded batch pays for padding. Decoding is not told
 ## Against G and P
 
 {sweep_table(results, ["G=2", "G=4", "headline", "G=16"])}
-{sweep_table(results, ["P=256", "P=512", "P=1000", "headline"])}"""
+{sweep_table(results, ["P=256", "P=512", "P=1000", "headline"])}{pair_section(data.get("pair"))}"""
 
 
-def main():
+def machine():
+    """The processor's name, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main(mode):
     began = perf_counter()
-    if sys.argv[1:] != ["--page"]:
-        processor = platform.processor() or platform.machine()
-        data = {"machine": f"one thread of {processor}, torch {torch.__version__}",
-                "check": largest_differences(build_world(*SETTINGS["mixed"])), "results": {}}
+    about = {"machine": f"one thread of {machine()}, torch {torch.__version__}"}
+    data = {} if mode == "all" else read_json("benchmark")
+    if mode == "all":
+        data = {**about, "check": largest_differences(build_world(*SETTINGS["mixed"])),
+                "results": {}}
         for name in SETTINGS:
             data["results"][name] = measure(name, 3)
             print(f"{perf_counter() - began:5.0f} s  {name}", flush=True)
         data["minutes"] = (perf_counter() - began) / 60
-        write_json("benchmark", data)
-    (EVIDENCE / "benchmark.md").write_text(page(read_json("benchmark")))
+    if mode in ("all", "--pair"):
+        for ratios in measure_pair(3):
+            data["pair"] = {**about, "load": os.getloadavg()[2], "cores": os.cpu_count(),
+                            "ratios": ratios}
+            write_json("benchmark", data)
+            print(f"{perf_counter() - began:5.0f} s  {ratios}", flush=True)
+    (EVIDENCE / "benchmark.md").write_text(page(data))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()
+    child(*sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main((sys.argv[1:] or ["all"])[0])

@@ -5,12 +5,14 @@
 
 Runs the README's first command in a fresh clone with a fresh environment. Then it draws an image,
 300 x 220 pixels on white, and segments it with the README's last command. Writes
-docs/evidence/newcomer.json. The times mean something only on an otherwise idle machine.
+docs/evidence/newcomer.json, with the machine. The times mean something only on an otherwise idle
+machine, and the packages' time depends on the network and on what pip has in its cache.
 """
 import argparse
 import contextlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -41,6 +43,13 @@ def readme_command(start):
     return " && ".join(line.rstrip().removesuffix("&&") for line in lines)
 
 
+def machine():
+    """The processor's name as far as the system tells, and the number of cores."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="stays; default: a temporary one")
@@ -67,7 +76,7 @@ def main():
                 sys.exit(f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
             seconds[name] = round(time.time() - began)
             print(name, seconds[name], "s", flush=True)
-    content = {"seconds": seconds, "expression": TEXT, "printed": result.stdout}
+    content = {"machine": machine(), "seconds": seconds, "expression": TEXT, "printed": result.stdout}
     (ROOT / "docs/evidence/newcomer.json").write_text(json.dumps(content, indent=1) + "\n")
     print(result.stdout)
 

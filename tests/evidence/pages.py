@@ -38,7 +38,7 @@ TABLES = {
     "evaluation": lambda: evaluate.results_table(read_json("tiny")),
     "misguided boxes": lambda: misguided.box_table(read_json("misguided")["means"]),
     "misguided texts": lambda: misguided.text_table(read_json("misguided")["means"]),
-    "benchmark": lambda: benchmark.short_table(read_json("benchmark")["results"]),
+    "pair": lambda: benchmark.pair_table(read_json("benchmark").get("pair")),
     "released code": released_table}
 
 

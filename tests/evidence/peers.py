@@ -37,7 +37,7 @@ from unittest import mock
 
 import torch
 import transformers
-from benchmark import EVEN, MIXED, M, V, build_mllm, random_prompt, random_words
+from benchmark import EVEN, MIXED, M, V, build_mllm, machine, random_prompt, random_words
 from tiny_runs import EVIDENCE, ROOT, markdown_table, read_json, write_json
 from torch.nn.utils.rnn import pad_sequence
 from world import write_shapes_world
@@ -554,6 +554,21 @@ def cost_table(results):
                            "to ours with queries"], rows)
 
 
+def split_table(results):
+    """TRL's factor as a product: sharing, times batch and padding, times lm_head."""
+    rows = []
+    for name, result in results.items():
+        all_of_it, compact, single = (result["ways"][way]["ratio"] for way in WAYS[2:])
+        (height, width), words, lengths = SETTINGS.get(name) or QUICK_SETTINGS[name]
+        P = height * width + words
+        tokens = len(lengths) * P + sum(lengths)
+        padding = len(lengths) * (P + max(lengths)) / tokens
+        cells = (all_of_it, single, padding, compact / single / padding, all_of_it / compact)
+        rows.append([name, *(f"{cell:.2f}" for cell in cells)])
+    return markdown_table(["setting", "TRL's factor", "sharing", "padding", "the batch itself",
+                           "lm_head at every position"], rows)
+
+
 def page(data):
     """-> docs/evidence/peers.md"""
     stored, results, costs = data["stored"], data["group"], cost_settings(data)
@@ -632,18 +647,16 @@ last two ways. Before they are timed, losses and gradients are compared: they di
 {largest["loss"]} and {largest["gradient"]} (of the norm).
 
 {cost_table(costs)}
+TRL's factor is a product. "Sharing" is TRL's one at a time to ours: prompt and image run once for
+the group and not once for each sample. "Padding" is counted in tokens. "The batch itself" is what a
+batch of eight costs more than eight single samples on a CPU, beside padding. The last column is
+what TRL computes in lm_head on a CPU only.
+
+{split_table(costs)}
 TRL runs prompt and image once for every sample, ours once for the group: with 8 completions of 200
 that is 8 (P + 200) positions against P + 1,600, and 8 images against one. The ratio grows with P.
 It was not measured on a GPU.
 """
-
-
-def machine():
-    """The processor's name, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure(quick):
