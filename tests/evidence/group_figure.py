@@ -74,7 +74,7 @@ def draw(item, completions, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="stage 1's folder")
-    parser.add_argument("--row", type=int, default=69, help="row of val")
+    parser.add_argument("--row", type=int, default=54, help="row of val")
     args = parser.parse_args()
     lens, processor, collate, shared = open_run(args.checkpoint)
     rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), 1000).rows
