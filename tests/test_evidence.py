@@ -231,14 +231,14 @@ def test_the_proofs_numbers(tmp_path, monkeypatch):
     means, gains = result["means"], result["gains"]
     for column, mean in {"looks": 2 / 3, "acc50": 2 / 3, "giou": (0.75 + 0.5 + 1) / 3}.items():
         assert means["rl-1"][column] == pytest.approx(mean, abs=1e-3)
-    # "no queries" draws with its boxes: 1/2, 1/4, 1; stage 2 with its queries: 3/4, 1/2, 1
+    # "trained without queries" draws with its boxes: 1/2, 1/4, 1; stage 2 with queries: 3/4, 1/2, 1
     assert means["box_only-1"]["giou"] == pytest.approx(1.75 / 3, abs=1e-3)
     expected = {"stage 2 - stage 1, mask IoU": (0.25, 0.0, 0.375),
                 "stage 2 - stage 2 without rewards, mask IoU, chains of two": (0.5,),
                 "stage 2 - its box into SAM, mask IoU, crosses": (0.25,),
-                "stage 2 - no queries, mask IoU": (0.5 / 3,),
-                "stage 2 - no queries, mask IoU, apart": (0.0,),
-                "stage 2 - no queries, mask IoU, crosses": (0.25,)}
+                "stage 2 - trained without queries, mask IoU": (0.5 / 3,),
+                "stage 2 - trained without queries, mask IoU, apart": (0.0,),
+                "stage 2 - trained without queries, mask IoU, crosses": (0.25,)}
     for title, numbers in expected.items():
         assert gains[title]["1"][:len(numbers)] == pytest.approx(numbers, abs=1e-3), title
     crosses = result["groups"]["crosses"]

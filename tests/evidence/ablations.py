@@ -7,12 +7,14 @@
     python tests/evidence/ablations.py                      # no training, only the page
 
 All tables take many hours of one core. A row is the tiny preset with the flags that stand
-beside it below. Its stage 2 starts from the stage 1 of its own seed, which several rows share. A
-run that fails is named (runs/ablations/log.txt says why) and tried again by the next command.
+beside it below. Its stage 2 starts from the stage 1 of its own seed, which several rows share. Runs
+without flags are those of proof.py. A run that fails is named (runs/ablations/log.txt says why) and
+tried again by the next command.
 
 Writes docs/evidence/ablations.jsonl and ablations.md. A line of the jsonl is one row with one seed:
-its flags, its steps, the metrics of 1,000 rows of val with greedy and with sampled completions, and
-each training metric's mean over the last 25 steps. Only rows without a line are run.
+its flags, its steps, the metrics of 1,000 rows of val with greedy and with sampled completions (of
+the variants: 300 rows, greedy), and each training metric's mean over the last 25 steps. Only rows
+without a line are run.
 
 Before you read the tables:
 - Evaluation reads the model's own completion. That of the paper's Tables 3 and 4 probably did not:
@@ -39,8 +41,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from proof import SHARED
-from tiny_runs import (EVIDENCE, ROOT, evaluate, markdown_table, open_run, read_lines, train,
-                       write_world)
+from tiny_runs import (EVIDENCE, PROOF, ROOT, evaluate, markdown_table, open_run, read_lines,
+                       train, write_world)
 
 from align import forced_completions
 from data import EvaluationRows, read_records
@@ -99,10 +101,12 @@ VARIANTS = [
     Row("GRPO", rl="", seeds=SEEDS),
     Row("constant length (Dr. GRPO)", rl="--loss-length 40", seeds=SEEDS),
     Row("no KL", rl="--beta 0", seeds=SEEDS),
-    Row("temperature 0.7", rl=AGREE),
-    Row("- no deviation (Dr. GRPO)", rl=f"{AGREE} --deviation none"),
-    Row("IoU to the power of 6", rl=SCALES), Row("- GDPO", rl=f"{SCALES} --deviation each"),
-    Row("at most 34 tokens", rl=SHORT), Row("- cut completions left out", rl=f"{SHORT} --skip-cut"),
+    Row("temperature 0.7", rl=AGREE, seeds=SEEDS),
+    Row("- no deviation (Dr. GRPO)", rl=f"{AGREE} --deviation none", seeds=SEEDS),
+    Row("IoU to the power of 6", rl=SCALES, seeds=SEEDS),
+    Row("- GDPO", rl=f"{SCALES} --deviation each", seeds=SEEDS),
+    Row("at most 34 tokens", rl=SHORT, seeds=SEEDS),
+    Row("- cut completions left out", rl=f"{SHORT} --skip-cut", seeds=SEEDS),
     Row("four updates per batch", rl=OFTEN), Row("- no KL", rl=f"{OFTEN} --beta 0")]
 PREDICTIONS = """
 - **Constant length.** A token of a look (40 tokens) weighs as much as one of a glance (22), and not
@@ -131,7 +135,7 @@ STAGE_2 = {**MASKS, "gIoU, shared": ("greedy", "giou_shared"), "box IoU": ("gree
            "tokens in training, at the end": ("tail", "completion_length")}
 LABORATORY = {"the habit turns at step": ("tail", "turn"), "reward": ("tail", "reward"),
               "Acc@0.5": ("greedy", "acc50"), "gIoU": ("greedy", "giou"),
-              "format, sampled": ("sampled", "format"), "cut": ("tail", "cut"),
+              "R_format": ("tail", "reward_format"), "cut": ("tail", "cut"),
               "tokens": ("tail", "completion_length"), "entropy": ("tail", "entropy"),
               "KL": ("tail", "kl"), "groups that agree": ("tail", "zero_variance")}
 PLAIN = ("turn", "reward", "completion_length", "entropy", "kl")     # not in per cent
@@ -146,8 +150,11 @@ TABLES = {"table3": ("Table 3: number of queries, after stage 1", STAGE_1, QUERI
 # --- Runs -----------------------------------------------------------------------------------------
 
 def run_folder(*stages):
-    """A run's folder, from its seed and its stages with their flags: seed_1+align--connector_mlp"""
-    return RUNS / "+".join("_".join(stage.split()).replace("_--", "--") for stage in stages)
+    """A run's folder, from its seed and its stages with their flags: seed_1+align--connector_mlp;
+    without any flags, that of proof.py: align-1 or rl-1"""
+    folder = RUNS / "+".join("_".join(stage.split()).replace("_--", "--") for stage in stages)
+    plain = {"align": "align", "align+train_rl": "rl"}.get(folder.name.partition("+")[2])
+    return ROOT / "runs" / PROOF / f"{plain}-{stages[0].split()[1]}" if plain else folder
 
 
 def shared_giou(scores):
@@ -156,11 +163,12 @@ def shared_giou(scores):
     return float(np.average([part["giou"] for part in parts], weights=[p["n"] for p in parts]))
 
 
-def measure(folder, row, seed, mode):
+def measure(folder, row, seed, mode, limit):
     """-> the metrics of a row, greedy or sampled; without a run those of the stand-ins"""
-    out = folder.with_name(folder.name + row.evaluate.replace(" ", "_") + f".{mode}.json")
+    name = f"{folder.name}{row.evaluate.replace(' ', '_')}.{limit}.{mode}.json"
     checkpoint = ["--checkpoint", folder] if (folder / "lens.json").exists() else []
-    evaluate(out, mode, "--seed", seed, "--limit", 1000, *checkpoint, *row.evaluate.split())
+    out = RUNS / name
+    evaluate(out, mode, "--seed", seed, "--limit", limit, *checkpoint, *row.evaluate.split())
     scores = json.loads(out.read_text())
     return {**scores["val"], "giou_shared": shared_giou(scores)}
 
@@ -196,13 +204,14 @@ def run_row(table, row, seed):
             continue
         stages.append(f"{script[:-3]} {own_flags}")
         folder = run_folder(*stages)
-        start = ["--micro-batch", 32] if script == "align.py" else ["--init", init]
+        start = [] if script == "align.py" else ["--init", init]
         train(script, folder, "--seed", seed, *start, *own_flags.split())
         metrics = read_lines(folder / "metrics.jsonl")
         init, flags[script], steps[script] = folder, own_flags, len(metrics)
         tail = {key: round(float(np.mean([line[key] for line in metrics[-25:]])), 5)
                 for key in metrics[0] if key not in ("step", "lr")}
-    scores = {mode: measure(folder, row, seed, mode) for mode in ("greedy", "sampled")}
+    modes, limit = (["greedy"], 300) if table == "variants" else (["greedy", "sampled"], 1000)
+    scores = {mode: measure(folder, row, seed, mode, limit) for mode in modes}
     if table in ("table3", "table4"):
         scores["forced"] = {"giou": forced_giou(folder)}
     if row.rl is not None:
@@ -251,10 +260,10 @@ Made by `python tests/evidence/ablations.py`, from ablations.jsonl beside this p
 from these numbers: [results](../results.md#ablations). The script's head says what to know before
 reading them.
 
-Everything is in per cent, on 1,000 rows of the shapes world's val, with greedy completions unless
-a column says "sampled". A cell is the mean over seeds and, in brackets, their range. "Shared" are
+Everything is in per cent, on 1,000 rows of the shapes world's val (300 for the variants), with
+greedy completions unless a column says "sampled". A cell is the mean over seeds and, in brackets, their range. "Shared" are
 the rows whose object crosses, nests or hides. The paper's column is its cIoU on RefCOCO testA.
-Steps are those of stage 1 + stage 2; rows of 400 and 140 steps were made on the former world.
+Steps are those of stage 1 + stage 2.
 """
     for table, (title, columns, rows) in TABLES.items():
         cells = []

@@ -4,6 +4,8 @@
     python tests/evidence/proof.py --seeds 1  # one seed
     python tests/evidence/proof.py --variants align rl box_only      # the main comparison alone
     python tests/evidence/proof.py --page     # docs/evidence/proof.md again, from proof.json
+    ATEN_CPU_CAPABILITY=default python tests/evidence/proof.py --variants align rl box_only
+                                              # as a second machine would round: proof_default.json
 
 Each variant is trained from the committed stand-ins and measured on 1,000 held-out expressions,
 with greedy completions:
@@ -13,30 +15,31 @@ with greedy completions:
     stage 2 without rewards   a control: all lambdas are 0, so that only the segmentation loss and
                               the KL term are left
     stage 2                   train_rl.py, from stage 1
-    no queries                a control in the way of Seg-Zero: the MLLM alone, trained by the
+    trained without queries   a control in the way of Seg-Zero: the MLLM alone, trained by the
                               rewards for format and box; its box prompts the untouched SAM 2
 
 Every evaluation also puts the predicted box into the untouched SAM 2. Stage 1 does not change the
 completions, so the boxes of "stage 1" are also those of the stand-ins before any training.
 
 A gain comes from the rewards only if "stage 2" is better than the first three. It comes from the
-queries only if "stage 2" is better than "no queries".
+queries only if "stage 2" is better than "trained without queries".
 
-Writes docs/evidence/proof.json (every mean, and the gains with intervals) and proof.md.
+Writes docs/evidence/proof.json (every mean, and the gains with intervals) and proof.md, or
+proof_default.json and proof_default.md.
 """
 import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tiny_runs import (EVIDENCE, LOOKS, ROOT, evaluate, markdown_table, read_json, read_lines,
-                       train, write_json, write_world)
+from tiny_runs import (EVIDENCE, LOOKS, PROOF, ROOT, evaluate, markdown_table, read_json,
+                       read_lines, train, write_json, write_world)
 
-RUNS = ROOT / "runs/proof"
+RUNS = ROOT / "runs" / PROOF
 NO_REWARD = ("--lambda-format", 0, "--lambda-box", 0, "--lambda-mask", 0)
 NO_QUERIES = ("--init", "none", "--lambda-mask", 0, "--alpha", 0)
 VARIANTS = {"align": "stage 1", "longer": "stage 1 continued",
-            "no_reward": "stage 2 without rewards", "rl": "stage 2", "box_only": "no queries"}
+            "no_reward": "stage 2 without rewards", "rl": "stage 2", "box_only": "trained without queries"}
 COLUMNS = {"looks": "looks", "format": "format", "box_iou": "box IoU", "acc50": "Acc@0.5",
            "giou": "mask IoU", "box_giou": "its box into SAM"}
 SHARED = ("crosses", "nests", "hides")        # layouts in which things share a place
@@ -145,10 +148,10 @@ def mean_cell(result, variant, column):
 SHORT_ROWS = {"before training: the box into SAM": ("align", "box_giou"),
               "stage 1": ("align", "giou"), "stage 1 continued": ("longer", "giou"),
               "stage 2 without rewards": ("no_reward", "giou"), "stage 2": ("rl", "giou"),
-              "stage 2: its box into SAM": ("rl", "box_giou"),
-              "no queries: its box into SAM": ("box_only", "giou")}
+              "stage 2, but its box into SAM": ("rl", "box_giou"),
+              "trained without queries: its box into SAM": ("box_only", "giou")}
 README_ROWS = ("before training: the box into SAM", "stage 1", "stage 2 without rewards", "stage 2",
-               "no queries: its box into SAM")
+               "trained without queries: its box into SAM")
 
 
 def short_table(result, names=SHORT_ROWS):
@@ -175,13 +178,13 @@ def page(result):
     with_queries = [variant for variant in variants if variant != "box_only"]
     return f"""# What stage 2 improves: all numbers
 
-Made by `python tests/evidence/proof.py`, from proof.json beside this page. What the variants and
+Made by `python tests/evidence/proof.py`, from the json of the same name. What the variants and
 columns are, and what follows from them: [results](../results.md#proof-what-does-stage-2-improve).
 {result["rows"]:,} held-out expressions, greedy completions; the mean over seeds
 {", ".join(map(str, seeds))} and, in brackets, their range.
 
 {markdown_table(["", *COLUMNS.values()], means)}
-The mask of "no queries" is that of its box.
+The mask of "trained without queries" is that of its box.
 
 ## By kind of expression, and by layout of the object
 
@@ -244,8 +247,8 @@ def main():
         with ThreadPoolExecutor(2) as pool:
             train_all(args.variants, args.seeds, pool)
             evaluate_all(args.variants, args.seeds, args.limit, pool)
-        write_json("proof", summarize(args.variants, args.seeds, args.limit))
-    (EVIDENCE / "proof.md").write_text(page(read_json("proof")))
+        write_json(PROOF, summarize(args.variants, args.seeds, args.limit))
+    (EVIDENCE / f"{PROOF}.md").write_text(page(read_json(PROOF)))
 
 
 if __name__ == "__main__":

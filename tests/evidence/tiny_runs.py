@@ -13,6 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs/evidence"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/tiny")]
+# ATEN_CPU_CAPABILITY=default makes PyTorch round as on another machine: such runs lie apart
+ROUNDING = os.environ.get("ATEN_CPU_CAPABILITY", "")
+PROOF = f"proof_{ROUNDING}" if ROUNDING else "proof"        # folder below runs/, file in EVIDENCE
 # one thread, so that two runs can share two cores
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

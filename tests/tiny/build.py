@@ -260,7 +260,7 @@ def new_scene(image, things, expressions=()):
         target = world.join_things(things, meant)
         masks[row] = torch.from_numpy(target["mask"])
         corners[row] = torch.tensor(data.rescale_box(target["box"], size, (SIDE, SIDE)))
-        shared[row] = target["layout"] != "apart"
+        shared[row] = {"apart": 0, "nests": 3}.get(target["layout"], 1)
     for i, thing in enumerate(things):
         color, shape = list(world.COLORS).index(thing["color"]), world.SHAPES.index(thing["shape"])
         table[1 + i, :6] = torch.tensor([1 + color, 1 + shape, *mllm[i]["box"]])
@@ -281,7 +281,7 @@ def new_scene(image, things, expressions=()):
         "cover": cover >= cover.amax(1, keepdim=True).clamp(1e-6, 0.5),     # (TARGETS, n) bool
         "drawing": torch.cat([F.adaptive_avg_pool2d(low, COARSE).flatten(1), (1 + turns) / 2,
                               halves, corners / SIDE], 1),       # (TARGETS, sum(DRAWING))
-        "shared": shared,                        # (TARGETS,): not one thing that stands apart
+        "shared": shared,    # (TARGETS,): 0 for one thing that stands apart, 3 for one that nests
         "corners": corners,                                      # (TARGETS, 4): SAM-frame box
         "low": (255 * low).round().byte(),                       # (TARGETS, LOW, LOW)
     }
@@ -541,8 +541,8 @@ def drawing_loss(guess, scenes, focus, where):
     """What a completion's states say about what was last spoken of, against the truth.
 
     guess (B, R + 1, sum(DRAWING)): a coarse drawing, the turn, and the places of both halves and of
-    the box. where (B, R): the tokens whose states count. Things that share their place, and
-    several at once, are hardest and count three times."""
+    the box. where (B, R): the tokens whose states count. What shares its place, and several
+    things at once, are hardest: they count three times, what nests seven times."""
     last = F.pad(focus, (0, 1))
     index = torch.where(last > 0, torch.arange(last.shape[1]), 0).cummax(1).values
     last = last.gather(1, index)                                 # 0 before the first thing
@@ -805,10 +805,29 @@ class CoarseReader(torch.nn.Module):
         return F.binary_cross_entropy_with_logits(self.head(self.cells)[..., 0], coarse)
 
 
-def sam_losses(sam, reader, scenes, early, rng):
-    """Cross-entropy and dice of PROMPTS targets in each scene, and the coarse reader's loss. Things
-    that share their place, and several at once, are hardest: they are asked for three times as
-    often."""
+class Sizes:
+    """An aid: the mean square of the coarse map and of what the decoder's MLPs add to the tokens.
+
+    Nothing else keeps them small, because LayerNorm stands behind them. They grew to 90 and 200
+    times what they are added to. Then attention picks a single cell, a token forgets what it was,
+    and the gradient that reaches stage 1's prompts is nearly nothing, or explodes."""
+
+    def __init__(self, sam):
+        self.seen = []
+        sam.image_encoder.register_forward_hook(
+            lambda encoder, inputs, outputs: self.seen.append(outputs["backbone_fpn"][2]))
+        for layer in sam.sam_mask_decoder.transformer.layers:
+            layer.mlp.register_forward_hook(lambda mlp, inputs, added: self.seen.append(added))
+
+    def loss(self):
+        sizes, self.seen = [x.square().mean() for x in self.seen], []
+        return 0.001 * sum(sizes)
+
+
+def sam_losses(sam, reader, sizes, scenes, early, rng):
+    """Cross-entropy and dice of PROMPTS targets in each scene, and the aids' losses. What shares
+    its place, and several things at once, are hardest: they are asked for three times as often,
+    what nests seven times."""
     low, corners = stack(scenes, "low").float() / 255, stack(scenes, "corners")
     chance = (corners[..., 2] > 0) * (1 + 2 * stack(scenes, "shared"))          # (I, TARGETS)
     targets = torch.multinomial(chance, PROMPTS, replacement=True)              # (I, PROMPTS)
@@ -817,7 +836,7 @@ def sam_losses(sam, reader, scenes, early, rng):
     truth, p = choose(low, targets), logits.sigmoid()             # (I, PROMPTS, LOW, LOW)
     dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
     return {"bce": F.binary_cross_entropy_with_logits(logits, truth), "dice": dice.mean(),
-            "coarse": reader.loss(truth)}
+            "coarse": reader.loss(truth), "sizes": sizes.loss()}
 
 
 def train_sam(args, say):
@@ -830,13 +849,14 @@ def train_sam(args, say):
     help_to_find(sam)
     if args.init:
         sam.load_state_dict(load_sam(Path(args.init) / "sam").state_dict())
-    reader, simple = CoarseReader(sam), [scene for scene in scenes if len(scene["things"]) <= 3]
+    reader, sizes = CoarseReader(sam), Sizes(sam)
+    simple = [scene for scene in scenes if len(scene["things"]) <= 3]
 
     def losses(step):
         rng = random.Random(f"{args.seed} {step} {RANK}")
         early = step < EARLY * steps and not args.init
         batch = rng.choices(simple if early else scenes, k=args.batch)
-        named = sam_losses(sam, reader, batch, early, rng)
+        named = sam_losses(sam, reader, sizes, batch, early, rng)
         return sum(named.values()), named
 
     def save():
