@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -256,18 +256,19 @@ def segment_image(shared, args, device):
 
 
 def draw_overlay(image, mask, box, tint=(255, 0, 200)):
-    """The image, enlarged if it is small, with the mask (H, W) bool tinted and the box (image
-    frame, or None) in yellow."""
+    """The image, enlarged if it is small, with the mask (H, W) bool tinted inside a black edge and
+    the box (image frame, or None) in yellow."""
     scale = max(1, 512 // max(image.size))
     size = (image.width * scale, image.height * scale)
     overlay = image.resize(size)
-    tinted = Image.blend(overlay, Image.new("RGB", size, tint), 0.55)
-    overlay.paste(tinted, mask=Image.fromarray(np.asarray(mask)).resize(size, Image.NEAREST))
+    mask = Image.fromarray(np.asarray(mask)).resize(size, Image.NEAREST).convert("L")
+    overlay.paste(Image.blend(overlay, Image.new("RGB", size, tint), 0.55), mask=mask)
+    overlay.paste(0, mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
     if box and box[0] <= box[2] and box[1] <= box[3]:
         # PIL would take minutes to draw to a coordinate of ten digits
         near = np.clip(box, -max(size), 2 * max(size)) * scale
-        line = max(2, size[0] // 250)
-        ImageDraw.Draw(overlay).rectangle(near.tolist(), outline=(255, 230, 0), width=line)
+        ImageDraw.Draw(overlay).rectangle(near.tolist(), outline=(255, 230, 0),
+                                          width=max(2, size[0] // 250))
     return overlay
 
 

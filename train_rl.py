@@ -427,7 +427,7 @@ class RLArgs(TrainArgs):
 # out. lr_context is low: at first many completions name the wrong object, and the mask loss of
 # those teaches the queries to guess.
 PRESETS = {"tiny": dict(TINY, output="runs/tiny/rl", init="runs/tiny/align", batch=12,
-                        micro_batch=6, steps=100, lr=2.5e-4, lr_context=3e-5, alpha=0.1, warmup=10,
+                        micro_batch=6, steps=75, lr=2.5e-4, lr_context=3e-5, alpha=0.1, warmup=10,
                         save_every=50, gradient_checkpointing=False)}
 
 

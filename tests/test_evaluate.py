@@ -468,8 +468,10 @@ def test_one_image(world, checkpoint, tmp_path, monkeypatch):
         area = 9 * int(printed.partition("mask: ")[2].partition(" ")[0])
         box = 3 * np.array(json.loads(printed.partition("box: ")[2].partition(";")[0]))
         tints[way] = (abs(after - (0.45 * before + 0.55 * np.array([255, 0, 200]))) < 2).all(-1)
+        edge = (after == 0).all(-1) & (before > 20).any(-1)    # the mask's own outermost pixels
         line = (after == [255, 230, 0]).all(-1)                # hides some of the mask
-        assert area > 0 and area - line.sum() <= tints[way].sum() <= area
+        assert area > 0 and area - line.sum() <= (tints[way] | edge).sum() <= area
+        assert 0 < edge.sum() < 0.3 * area
         y, x = line.nonzero()
         assert abs(np.array([x.min(), y.min(), x.max(), y.max()]) - box).max() <= 3
     x1, y1, x2, y2 = box.astype(int)
@@ -482,6 +484,9 @@ def test_overlay_of_odd_boxes():
     """An inverted box is not drawn; one with huge numbers is, and takes no time."""
     black, mask = Image.new("RGB", (64, 64)), np.zeros((64, 64), bool)
     mask[10:20, 30:40] = True
+    on_white = np.array(evaluate.draw_overlay(Image.new("RGB", (64, 64), "white"), mask, None))
+    edge = [tuple(on_white[y, 280]) for y in (79, 80, 84)]
+    assert edge == [(255,) * 3, (0,) * 3, (255, 114, 224)]
     overlay = np.array(evaluate.draw_overlay(black, mask, (60, 60, 4, 4)))
     assert overlay.shape == (512, 512, 3) and tuple(overlay[120, 280]) == (140, 0, 110)
     assert len(np.unique(overlay.reshape(-1, 3), axis=0)) == 2

@@ -56,7 +56,7 @@ def train(lens, rows, collate, args):
     set_trainable(lens, "align")
     trained = [p for p in lens.parameters() if p.requires_grad]
     optimizer = make_optimizer([{"params": trained}], args, torch.device("cpu"))
-    rng, sums, began = random.Random("design"), torch.zeros(3), time.time()
+    rng, sums, began = random.Random("design"), torch.zeros(2), time.time()
     for step in range(args.steps):
         items = rng.choices(rows, k=args.batch)
         sums += align_step(lens, collate(items), [item["tokens"] for item in items], 1, args)
@@ -66,8 +66,8 @@ def train(lens, rows, collate, args):
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            loss, iou, count = sums.tolist()
-            print(f"step {step + 1}: loss {loss / count:.3f}, mask IoU {iou / count:.3f}, "
+            loss, iou = (sums / (args.batch * (step % 100 + 1))).tolist()
+            print(f"step {step + 1}: loss {loss:.3f}, mask IoU {iou:.3f}, "
                   f"{time.time() - began:.0f} s", flush=True)
             sums.zero_()
 
