@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -262,8 +262,9 @@ def draw_overlay(image, mask, box, tint=(255, 0, 200)):
     size = (image.width * scale, image.height * scale)
     overlay = image.resize(size)
     mask = Image.fromarray(np.asarray(mask)).resize(size, Image.NEAREST).convert("L")
-    overlay.paste(Image.blend(overlay, Image.new("RGB", size, tint), 0.55), mask=mask)
-    overlay.paste(0, mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
+    tinted = Image.blend(overlay, Image.new("RGB", size, tint), 0.55)
+    overlay.paste(0, mask=mask)  # black, which only stays at the edge
+    overlay.paste(tinted, mask=mask.filter(ImageFilter.MinFilter(5)))
     if box and box[0] <= box[2] and box[1] <= box[3]:
         # PIL would take minutes to draw to a coordinate of ten digits
         near = np.clip(box, -max(size), 2 * max(size)) * scale

@@ -187,6 +187,9 @@ class ConnectorBlock(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(C, eps=1e-6) for _ in range(2))
         self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        # A block adds nothing at first, as in many residual networks (docs/world.md)
+        for p in (*self.proj.parameters(), *self.fc2.parameters()):
+            nn.init.zeros_(p)
 
     def forward(self, x):                                                        # (N, M, C)
         N, M, C = x.shape

@@ -313,12 +313,10 @@ def update(lens, optimizer, micro_batches, factor, args, world, step):
 
 def parameter_groups(lens, args):
     """Two groups with a peak rate each: the MLLM; the context module with SAM's decoder."""
-    named = [(name, p) for name, p in lens.named_parameters() if p.requires_grad]
-
-    def group(rate, *prefixes):
-        return {"params": [p for name, p in named if name.startswith(prefixes)],
-                "peak_lr": rate or args.lr}
-    return [group(args.lr, "mllm."), group(args.lr_context, "queries", "connector.", "sam.")]
+    trained, mllm = [p for p in lens.parameters() if p.requires_grad], {*lens.mllm.parameters()}
+    return [{"params": [p for p in trained if p in mllm], "peak_lr": args.lr},
+            {"params": [p for p in trained if p not in mllm],
+             "peak_lr": args.lr_context or args.lr}]
 
 
 # --- The sampler and the reference ----------------------------------------------------------------
@@ -539,7 +537,7 @@ def validate(lens, sampler, cache, rows, collate, tokenizer, shared, args, rank,
     A forward is a collective, so every process must make the same number of them. Where the rows
     do not split evenly over the processes, the last ones are left out.
     """
-    sums = torch.zeros(4, device=device)  # of the three values, and the number of rows
+    sums = torch.zeros(3, device=device)
     lens.eval()
     share = len(rows) // world
     own = range(rank * share, (rank + 1) * share)
@@ -550,12 +548,11 @@ def validate(lens, sampler, cache, rows, collate, tokenizer, shared, args, rank,
                                                  shared.max_completion, cache)
         _, r_box = text_rewards(texts, samples.finished, batch, 1.0, lens.prompt)
         r_box, r_mask = r_box.to(device), mask_rewards(mask_logits, batch, 1.0)     # (B, 1) each
-        sums[:3] += torch.stack([r_mask.sum(), r_box.sum(), (r_box > 0.5).sum()])
-        sums[3] += len(items)
+        sums += torch.stack([r_mask.sum(), r_box.sum(), (r_box > 0.5).sum()])
     lens.train()
     lens.reshard()  # usually the backward does it, and there was none
     dist.all_reduce(sums)
-    means = (sums[:3] / sums[3].clamp(min=1)).tolist()
+    means = (sums / max(1, share * world)).tolist()
     return dict(zip(("val_giou", "val_box_iou", "val_acc50"), means))
 
 

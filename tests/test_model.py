@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import (END, FAMILIES, IMAGE, ROOT, SAM_CONFIG, SAM_SIDE, random_batch,
+from conftest import (END, FAMILIES, IMAGE, ROOT, SAM_CONFIG, SAM_SIDE, fill_blocks, random_batch,
                       random_completions, random_lens, random_mllm, random_sam)
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -171,9 +171,11 @@ def test_stage_1_equals_forward_one(family, mask_pass, float64):
 @pytest.mark.parametrize("kind, tokens, K", [("vit", "all", 5), ("vit", "one", 1),
                                              ("mlp", "all", 5), ("mlp", "one", 1)])
 def test_connector_shapes(kind, tokens, K):
+    """At the start the blocks add nothing."""
     connector, x = model.Connector(64, 5, 32, kind, tokens), torch.randn(3, 5, 64)
     assert connector(x).shape == (3, K, 32)
     assert len(connector.blocks) == (4 if kind == "vit" else 0)
+    assert torch.equal(connector.blocks(x), x)
 
 
 def test_mlp_treats_every_query_on_its_own_and_vit_does_not():
@@ -181,7 +183,7 @@ def test_mlp_treats_every_query_on_its_own_and_vit_does_not():
     y = x.clone()
     y[0, 4] *= -1
     for kind, alone in (("mlp", True), ("vit", False)):
-        connector = model.Connector(64, 5, 32, kind)
+        connector = fill_blocks(model.Connector(64, 5, 32, kind))
         assert torch.allclose(connector(x)[0, :4], connector(y)[0, :4], atol=1e-7) == alone
 
 
