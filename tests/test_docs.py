@@ -12,6 +12,7 @@ from conftest import ROOT, call
 import ablations
 import align
 import benchmark
+import first_stage
 import grpo
 import model
 import pages
@@ -152,6 +153,7 @@ def test_tables_and_line_numbers_are_up_to_date(name):
 def test_pages_are_made_from_their_numbers():
     texts = {"proof": proof.page(read_json("proof")),
              "ablations": ablations.page(read_lines(EVIDENCE / "ablations.jsonl")),
+             "first_stage": first_stage.page(read_json("first_stage")),
              "benchmark": benchmark.page(read_json("benchmark")),
              "peers": peers.page(read_json("peers"))}
     for name, text in texts.items():

@@ -1,8 +1,8 @@
 """Three ways in which stage 2 fails, made on purpose, and how they look in metrics.jsonl.
 
-    python tests/evidence/failures.py     # after stage 1; 25 minutes of one core; needs matplotlib
+    python tests/evidence/failures.py     # after stage 1; a quarter of an hour of one core; needs matplotlib
 
-Each run is 100 steps of the tiny preset's stage 2, from runs/tiny/align, with one thing wrong. A
+Each run is 50 steps of the tiny preset's stage 2, from runs/tiny/align, with one thing wrong. A
 healthy run of the same length is beside them. docs/results.md says what happens in each.
 
 Writes docs/evidence/failures.json (means of the last 25 steps, and IoU and area of the sampled
@@ -30,7 +30,7 @@ def box_area(row):
 def measure(name, flags):
     """-> the lines of metrics.jsonl; mean IoU and mean area of the sampled boxes"""
     folder = RUNS / name.replace(" ", "_")
-    train("train_rl.py", folder, "--steps", 100, *flags.split())
+    train("train_rl.py", folder, "--steps", 50, *flags.split())
     rows = folder.with_suffix(".jsonl")
     evaluate(rows, "sampled", "--checkpoint", folder, "--limit", 200)
     predictions = read_lines(rows)

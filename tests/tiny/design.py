@@ -3,6 +3,8 @@
     python tests/tiny/design.py look          # the ceiling: stage 1 behind completions that look
     python tests/tiny/design.py glance        # the floor: stage 1 behind completions that glance
 
+Ten minutes of one core each. docs/world.md says what follows from the ceiling.
+
 This is stage 1 as in the README's job, but behind completions that are written from the truth, with
 one habit or the other. Stage 2 can turn the MLLM's completions from glances into looks. What lies
 between the two numbers is all that this can do for the masks.
