@@ -260,6 +260,23 @@ def test_the_training_forward_is_hugging_faces():
             assert torch.allclose(mllm.lm_head(states[:n + 1]), logits[0, -n - 1:], atol=1e-4)
 
 
+def test_sams_stand_in_keeps_its_maps_small(scenes):
+    """The committed one: the coarse map, and what the decoder's MLPs add to its tokens. An earlier
+    one had 87 and 200, and stage 1 exploded. `Sizes` sees the same three; 0.001 of them is a loss.
+    """
+    sam = load_sam("tests/tiny/sam").eval()
+    sizes = build.Sizes(sam)
+    batch = [build.new_scene(image, things) for image, things, _ in scenes[:4]]
+    low = build.stack(batch, "low").float() / 255
+    torch.manual_seed(0)
+    with torch.no_grad():
+        build.draw_masks(sam, batch, *build.draw_points(low, torch.tensor([[0, 1]] * 4), 8))
+    deviations = [seen.std().item() for seen in sizes.seen]
+    assert len(deviations) == 3 and max(deviations) < 5
+    expected = sum(seen.square().mean() for seen in sizes.seen) / 1000
+    assert torch.isclose(sizes.loss(), expected) and not sizes.seen
+
+
 def test_the_stand_ins_can_be_trained_again(tmp_path, capsys, monkeypatch):
     """Two steps, and for SAM one more after resuming. What is saved fits the committed ones."""
     small = ["--output", str(tmp_path), "--scenes", "12", "--held-out", "1", "--batch", "2"]
