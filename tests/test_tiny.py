@@ -277,6 +277,21 @@ def test_sams_stand_in_keeps_its_maps_small(scenes):
     assert torch.isclose(sizes.loss(), expected) and not sizes.seen
 
 
+def test_a_box_prompts_sam_for_one_thing_only(monkeypatch):
+    """As in SAM 2's own training. Points ask for several as well."""
+    batch = [build.new_scene(*build.draw_scene(key)) for key in "abcd"]
+    sam, asked, choose = load_sam("tests/tiny/sam"), [], build.choose
+    monkeypatch.setattr(build, "choose", lambda values, targets: (
+        asked.append(targets) or choose(values, targets)))
+    for sort in list(build.SORTS):
+        monkeypatch.setattr(build, "SORTS", {sort: 1})
+        asked.clear()
+        torch.manual_seed(0)
+        build.sam_losses(sam, build.CoarseReader(sam), build.Sizes(sam), batch, False,
+                         random.Random(0))
+        assert (torch.cat(asked) >= build.THINGS).any() == (sort == "points")
+
+
 def test_the_stand_ins_can_be_trained_again(tmp_path, capsys, monkeypatch):
     """Two steps, and for SAM one more after resuming. What is saved fits the committed ones."""
     small = ["--output", str(tmp_path), "--scenes", "12", "--held-out", "1", "--batch", "2"]

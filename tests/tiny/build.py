@@ -688,6 +688,7 @@ model:
   iou_prediction_use_sigmoid: true
 """
 POINTS = 8                             # at most, in a prompt
+SORTS = {"box": 45, "points": 45, "box and points": 10}          # per cent, as for SAM 2 itself
 PROMPTS = 4                            # for each image of a batch
 EARLY = 0.15                           # of the steps, at first: few things, prompts of many points
 SHARP = 3.0                            # queries and keys of the cross-attentions, at the start
@@ -758,18 +759,13 @@ def draw_box(corners):
     return corners.clamp(0, SIDE).unflatten(-1, (2, 2)), torch.tensor([2, 3]).expand(I, K, 2)
 
 
-def draw_prompts(corners, low, targets, early, rng):
-    """Prompts for targets (I, K), all of one sort -> points (I, K, n, 2), labels (I, K, n).
-
-    The sorts are those of SAM 2's own training: a box (45 %), one to POINTS points (45 %), a box
-    and points. At first it only gets many points: from these it learns soonest to find a thing."""
-    sort, number = rng.random(), rng.randint(1, POINTS)
-    if early:
-        return draw_points(low, targets, POINTS)
-    if sort < 0.45:
+def draw_prompts(corners, low, targets, sort, number):
+    """Prompts for targets (I, K), all of one sort (see SORTS) with `number` points -> points
+    (I, K, n, 2), labels (I, K, n)."""
+    if sort == "box":
         return draw_box(corners)
     points = draw_points(low, targets, number)
-    if sort < 0.9:
+    if sort == "points":
         return points
     return tuple(torch.cat(pair, 2) for pair in zip(draw_box(corners), points))
 
@@ -827,11 +823,19 @@ class Sizes:
 def sam_losses(sam, reader, sizes, scenes, early, rng):
     """Cross-entropy and dice of PROMPTS targets in each scene, and the aids' losses. What shares
     its place, and several things at once, are hardest: they are asked for three times as often,
-    what nests seven times."""
+    what nests seven times.
+
+    A box is always that of one thing, as in SAM 2's own training, where a mask is one object. Only
+    points ask for several. At first there are only many points: from these it learns soonest to
+    find a thing."""
     low, corners = stack(scenes, "low").float() / 255, stack(scenes, "corners")
+    sort = "points" if early else rng.choices(list(SORTS), SORTS.values())[0]
+    number = POINTS if early else rng.randint(1, POINTS)
     chance = (corners[..., 2] > 0) * (1 + 2 * stack(scenes, "shared"))          # (I, TARGETS)
+    if sort != "points":
+        chance[:, THINGS:] = 0
     targets = torch.multinomial(chance, PROMPTS, replacement=True)              # (I, PROMPTS)
-    prompts = draw_prompts(choose(corners, targets), low, targets, early, rng)
+    prompts = draw_prompts(choose(corners, targets), low, targets, sort, number)
     logits = draw_masks(sam, scenes, *prompts, *([] if early else [blur_tokens]))
     truth, p = choose(low, targets), logits.sigmoid()             # (I, PROMPTS, LOW, LOW)
     dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)

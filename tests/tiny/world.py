@@ -49,6 +49,7 @@ SHAPES = ["circle", "square", "triangle", "diamond", "ring", "bar"]
 # how often each kind is drawn
 KINDS = {"attribute": 2, "position": 2, "size": 2, "relation": 3, "chain": 4, "several": 4}
 LAYOUTS = ["apart", "crosses", "nests", "hides"]
+PAIRS = {"crosses": 2, "nests": 2, "hides": 1}       # how often two things share a place, and how
 DIRECTIONS = ["left of", "right of", "above", "below"]
 RELATIONS = [*DIRECTIONS, "next to"]
 POSITIONS = {"leftmost": ("x", 1), "rightmost": ("x", -1),
@@ -143,8 +144,9 @@ def place_things(rng, width, height, count):
         r = max(SMALLEST, r)
         x, y = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
         cluster = [new_thing(rng, x, y, r, shape=rng.choice(shapes))]
-        if count - sum(map(len, clusters)) >= 2 and rng.random() < 0.3 and r >= 16:
-            cluster = new_pair(rng, rng.choice(LAYOUTS[1:]), x, y, r, shapes)
+        if count - sum(map(len, clusters)) >= 2 and rng.random() < 0.5 and r >= 16:
+            layout, = rng.choices(list(PAIRS), PAIRS.values())
+            cluster = new_pair(rng, layout, x, y, r, shapes)
         x, y, r = enclosing_square(cluster)
         inside = r < x < width - r and r < y < height - r
         others = map(enclosing_square, clusters)
@@ -427,7 +429,7 @@ def pick_expression(things, expressions, rng, meant=None):
     if kind == "several":
         pool = prefer_crowds(pool, things, rng)
     shared = [e for e in pool if things[e["things"][0]]["layout"] != "apart"]
-    if shared and rng.random() < 0.4:            # things that share a place are few, and wanted
+    if shared and rng.random() < 0.6:            # things that share a place are wanted
         pool = shared
     return rng.choice(pool)
 
