@@ -53,7 +53,7 @@ RUNS, LINES = ROOT / "runs/ablations", EVIDENCE / "ablations.jsonl"
 SEEDS = (1, 2, 3)
 NO_REWARD = "--lambda-format 0 --lambda-box 0 --lambda-mask 0"
 LISA = f"--num-queries 1 --connector mlp {NO_REWARD} --beta 0 --group-size 2 --lr-context 1e-3"
-UNALIGNED = "--lr-context 1e-3"              # stage 1's rate; stage 2's own is a thirtieth of it
+UNALIGNED = "--lr-context 1e-3"              # stage 1's rate; stage 2's own is a tenth of it
 BOX = "--sam-prompt box"
 
 
