@@ -50,11 +50,12 @@ def one_group(lens, processor, collate, item, shared):
 
 def draw(item, completions, path):
     from matplotlib import pyplot
-    columns = len(completions) + 1
-    figure, axes = pyplot.subplots(2, columns, figsize=(3 * columns, 5.4), height_ratios=[1.45, 3])
+    columns, height = len(completions) + 1, 2.6 * item["image"].height / item["image"].width
+    figure, axes = pyplot.subplots(2, columns, figsize=(3 * columns, height + 2.4),
+                                   height_ratios=[1.6, height])
     expression = "\n".join(textwrap.wrap(f"“{item['expression']}”", 24))
     axes[0, 0].text(0.5, 0.5, expression, ha="center", va="center", fontsize=13)
-    axes[1, 0].imshow(item["image"].resize((512, 512)))
+    axes[1, 0].imshow(item["image"])
     axes[1, 0].set_title("image and expression", fontsize=11)
     for n, (text, box, mask, (r_format, r_box, r_mask), advantage) in enumerate(completions, 1):
         lines = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, 40)]
@@ -74,7 +75,7 @@ def draw(item, completions, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="stage 1's folder")
-    parser.add_argument("--row", type=int, default=54, help="row of val")
+    parser.add_argument("--row", type=int, default=56, help="row of val")
     args = parser.parse_args()
     lens, processor, collate, shared = open_run(args.checkpoint)
     rows = EvaluationRows(read_records(shared.data, shared.datasets, ["val"]), 1000).rows
