@@ -1,13 +1,13 @@
-"""How much can stage 2 gain in masks on the laptop's world? A ceiling and a floor.
+"""How much can stage 2 gain in masks on the laptop's world? A yardstick and a floor.
 
-    python tests/tiny/design.py look          # the ceiling: stage 1 behind completions that look
-    python tests/tiny/design.py glance        # the floor: stage 1 behind completions that glance
+    python tests/tiny/design.py look          # the yardstick: stage 1 after completions that look
+    python tests/tiny/design.py glance        # the floor: stage 1 after completions that glance
 
-Ten minutes of one core each. docs/world.md says what follows from the ceiling.
+Ten minutes of one core each. docs/world.md says what follows from the yardstick.
 
 This is stage 1 as in the README's job, but behind completions that are written from the truth, with
 one habit or the other. Stage 2 can turn the MLLM's completions from glances into looks. What lies
-between the two numbers is all that this can do for the masks.
+between the two numbers is about what this can do for the masks.
 
 Prints the mean mask IoU (gIoU) over held-out expressions, in all, by kind and by layout: of the
 context queries' masks, and of SAM's masks when the completion's box prompts it.
