@@ -155,12 +155,14 @@ SAM 2 are the tiny stand-ins. Every step links to the functions that do it."""
 
 def about_the_row(group):
     item, gt_mask = group.item, group.batch["gt_masks"][0]
+    width, height = item["image"].size
     return f"""## 1. One image and one expression
 
-![The image, and the mask behind each completion](walk.png)
+![The image, and the mask and the box of each completion](walk.png)
 
-The expression is "{item["expression"]}". The ground-truth box is {write_box(item["gt_box"])} in
-pixels of the image, and the ground-truth mask has {int(gt_mask.sum())} of {gt_mask.numel()} pixels.
+The expression is "{item["expression"]}". The image has {width} x {height} pixels. The ground-truth
+box is {write_box(item["gt_box"])} in these pixels, and the ground-truth mask has
+{int(gt_mask.sum())} pixels. The figure shows each completion's mask in pink and its box in yellow.
 
 {code("data.py: load_item")}"""
 
@@ -184,7 +186,8 @@ stand for pieces of the image. Each piece of text between bars is one token:
 {shown}
 ```
 
-The MLLM speaks of boxes in a frame of {width:.0f} x {height:.0f}.
+The MLLM sees the image resized to {width:.0f} x {height:.0f}, and writes places and boxes in these
+pixels.
 
 {code("data.py: Collator")}"""
 
@@ -236,8 +239,10 @@ Separate rows would need {separate} = {sum(group.lengths) + N * (P + M)} places.
 {table(["places of its tokens", "places of its queries", "positions"], places, query_places,
        positions)}
 
-Every completion starts at the same position, directly behind the prompt. It attends to the prompt
-and to itself, and never to another completion.
+Places are not positions. Qwen's positions (M-RoPE) count time, height and width, so all image
+tokens together use up only as many as the image has rows or columns. Every completion starts at the
+same position, the first one after the prompt. It attends to the prompt and to itself, and never to
+another completion. In the table B counts prompts, N completions, and T the tokens of the longest.
 
 {markdown_table(["tensor", "shape", "what it is"], tensors)}
 {code("grpo.py: pack_groups", "grpo.py: packed_attention")}"""
@@ -278,9 +283,9 @@ def about_the_rewards(group):
     lambdas = (group.args.lambda_format, group.args.lambda_box, group.args.lambda_mask)
     return f"""## 7. Three rewards for each completion (Eq. 11)
 
-The box is read from the completion's text and rescaled to pixels of the image. The ground-truth box
-is {write_box(group.item["gt_box"])}. The weights lambda are {", ".join(f"{v:g}" for v in lambdas)},
-so the reward is the weighted sum:
+The box is read from the completion's text and rescaled from the resized image to the image. The
+ground-truth box is {write_box(group.item["gt_box"])}. The weights lambda are
+{", ".join(f"{v:g}" for v in lambdas)}, so the reward is the weighted sum:
 
 {table(["box", "format", "box IoU", "mask IoU", "reward"],
        [write_box(box, 1) for box in group.boxes],
@@ -338,21 +343,25 @@ def about_the_update(group):
                    "happen in one update on one group.\n\n" for n in surprises)
     return f"""## 10. One update, and what it changed
 
-AdamW makes one step, with rate {group.args.lr:g} for the MLLM. Then the same completions are read
-again. "Times as likely" is the probability of the whole completion after the update, divided by
-that before:
+AdamW makes one step with the peak rate, {group.args.lr:g} for the MLLM; a real run warms up first.
+Then the same completions are read again. "Times as likely" is the probability of the whole
+completion after the update, divided by that before:
 
 {table(["advantage", "log-probability before", "after", "times as likely", "mask IoU before",
         "after"], fixed(group.advantages, 3, "+"), fixed(group.before), fixed(group.after),
-       fixed(ratios), fixed(group.r_mask), fixed(group.r_mask_after))}
+       [f"{ratio:.2g}" for ratio in ratios], fixed(group.r_mask), fixed(group.r_mask_after))}
+
+The factors are large because Adam's first step moves nearly every weight by the rate, and because
+it follows a single group. The clip of Eq. 8 does not limit them: it acts only from a second update
+on the same samples.
 
 The masks change too, because L_seg trains the queries, the connector and SAM's decoder. They are
 masks of the one image that the update has just seen, so this does not show that masks of other
 images change in the same way.
 
-{note}In a real run a step has {PRESETS["tiny"]["batch"]} such groups (tiny preset) or
-{RLArgs.batch} (paper), and the update follows their mean. After the update, the sampler gets the
-new weights.
+{note}In a real run a step has {PRESETS["tiny"]["batch"]} groups of
+{RLArgs.group_size} completions (tiny preset) or {RLArgs.batch} (paper), and the update follows
+their mean. After the update, the sampler gets the new weights.
 
 {code("train_rl.py: update", "align.py: apply_update", "train_rl.py: refresh")}"""
 
@@ -365,17 +374,18 @@ SECTIONS = (about_the_run, about_the_row, about_the_prompt, about_the_completion
 def draw(group, path):
     """The image, and beside it the mask and the box of each completion, under its advantage."""
     side, top, gap = 220, 30, 12
+    height = round(side * group.item["image"].height / group.item["image"].width)
     panels = [("the image", "#000000", group.item["image"])]
     for n, (mask, box, advantage) in enumerate(zip(group.masks, group.boxes, group.advantages), 1):
         panels.append((f"completion {n}: {advantage:+.2f}",
                        "#1b7f4b" if advantage > 0 else "#b3261e",
                        draw_overlay(group.item["image"], mask, box)))
-    figure = Image.new("RGB", (len(panels) * (side + gap) - gap, side + top), "white")
+    figure = Image.new("RGB", (len(panels) * (side + gap) - gap, height + top), "white")
     pen, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
     for place, (title, color, panel) in enumerate(panels):
         left = place * (side + gap)
         pen.text((left + side / 2, top / 2), title, fill=color, font=font, anchor="mm")
-        figure.paste(panel.resize((side, side)), (left, top))
+        figure.paste(panel.resize((side, height)), (left, top))
     figure.save(path)
 
 
