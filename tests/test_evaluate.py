@@ -345,7 +345,8 @@ def test_numbers_equal_an_independent_computation(whole):
         metrics = whole.result[name]
         five = [metrics[metric] for metric in ("giou", "ciou", "box_iou", "acc50", "n")]
         assert five == pytest.approx([*expected(whole, rows), len(rows)], abs=1e-6), name
-    assert 0 < whole.result["shapes val"]["ciou"] < 1 and metrics["box_iou"] > 0.1
+    val = whole.result["shapes val"]
+    assert 0 < val["ciou"] < 1 and val["box_iou"] > 0.1
 
 
 def test_ignored_pixels_as_background(whole, tmp_path):

@@ -162,8 +162,8 @@ def test_the_ablations_page():
     assert ablations.cell("completion_length", [38.0, 41.0]) == "39.5 (38.0-41.0)"
     assert ablations.cell("turn", [20, 31]) == "26 (20-31)" and ablations.cell("turn", [None]) == \
         "never" and ablations.cell("turn", [20, None]) == "20/never"
-    # ten steps of 22 + 18 n / 9 tokens, n = 0 ... 9, have 31 in the mean; the step before, less
-    lengths = [{"completion_length": tokens} for tokens in (22, *np.linspace(22, 40, 10))]
+    # ten steps of 20 + 2 n tokens, n = 0 ... 9, have 29 in the mean; the step before, less
+    lengths = [{"completion_length": tokens} for tokens in (20, *range(20, 40, 2))]
     assert ablations.turning_step(lengths) == 2 and ablations.turning_step(lengths[:-1]) is None
     scores = {"val: apart": {"giou": 1.0, "n": 70}, "val: crosses": {"giou": 0.5, "n": 10},
               "val: hides": {"giou": 0.7, "n": 5}, "val: nests": {"giou": 0.3, "n": 5}}
