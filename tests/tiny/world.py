@@ -49,7 +49,7 @@ SHAPES = ["circle", "square", "triangle", "diamond", "ring", "bar"]
 # how often each kind is drawn
 KINDS = {"attribute": 2, "position": 2, "size": 2, "relation": 3, "chain": 4, "several": 4}
 LAYOUTS = ["apart", "crosses", "nests", "hides"]
-PAIRS = {"crosses": 2, "nests": 2, "hides": 1}       # how often two things share a place, and how
+PAIRS = {"crosses": 2, "nests": 2, "hides": 1}       # how two things share a place: weights
 DIRECTIONS = ["left of", "right of", "above", "below"]
 RELATIONS = [*DIRECTIONS, "next to"]
 POSITIONS = {"leftmost": ("x", 1), "rightmost": ("x", -1),
